@@ -1,0 +1,104 @@
+"""Load the compiled kernels and say which ones are in use.
+
+The one seam between Python and C++.  Other modules of this room wrap the library's functions for torch tensors;
+the rooms above choose between such a wrapper and their documented reference function once, at start-up.  Knows
+nothing of models, stores or plans.
+
+``SUBSPEC_KERNELS`` forces a level: ``reference`` (no native kernel at all), ``portable``, ``avx2``, ``avx512`` or
+``avx512bf16``.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from subspec.errors import OptionError
+from subspec.kernels import build
+
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_NEEDS = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The loaded library, or why there is none.
+
+    Attributes:
+        level: instruction-set level in use, or ``"reference"``.
+        library: the ``ctypes`` library; calls release the GIL.  ``None`` for ``"reference"``.
+        missing: for each better level, why it is not in use.
+    """
+
+    level: str
+    library: ctypes.CDLL | None
+    missing: dict[str, str]
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Instruction-set flags of this processor, in the words of ``/proc/cpuinfo`` (empty elsewhere)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The best library that is built and that this processor can run; loaded once.
+
+    Raises:
+        OptionError: ``SUBSPEC_KERNELS`` names an unknown level, or one that cannot be loaded here.
+    """
+    forced = os.environ.get("SUBSPEC_KERNELS")
+    known = [*build.levels(), "reference"]
+    if forced and forced not in known:
+        raise OptionError(f"SUBSPEC_KERNELS={forced}: choose one of {', '.join(known)}")
+    missing: dict[str, str] = {}
+    for level in [forced] if forced else known:
+        if level == "reference":
+            break
+        library, reason = _load(level)
+        if library is not None:
+            return Kernels(level, library, missing)
+        missing[level] = reason
+    if forced and forced != "reference":
+        raise OptionError(f"SUBSPEC_KERNELS={forced}: {missing[forced]}")
+    return Kernels("reference", None, missing)
+
+
+def _load(level: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a level, or the reason why not."""
+    lacks = _NEEDS[level] - cpu_features()
+    if lacks:
+        return None, f"this processor ({platform.machine()}) lacks {', '.join(sorted(lacks))}"
+    path = build.library_path(level)
+    if not path.exists():
+        return None, _build_failure(level)
+    try:
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:
+        return None, f"{path.name} does not load: {error}"
+
+
+def _build_failure(level: str) -> str:
+    """What the build said of a level that has no library."""
+    remedy = "install a C++ compiler and run: python -m subspec.kernels.build"
+    try:
+        outcome = json.loads((build.HERE / "build.json").read_text())
+    except (OSError, ValueError):
+        return f"not built; {remedy}"
+    return f"{outcome.get(level, 'not built')}; {remedy}"
