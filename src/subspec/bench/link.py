@@ -1,0 +1,76 @@
+"""Measure the link that layers stream over: direct reads of the store's own files, a little at a time.
+
+A disk's speed drifts, and so it is measured before, between and after the runs that are judged by it.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CANDIDATES = tuple(itertools.product((1, 2, 4), (4 << 20, 8 << 20, 16 << 20)))
+BYTES_EACH = 192 << 20
+SETTLE_S = 0.2
+IMAGE_SUFFIX = ".exact"
+
+Reader = Callable[[Sequence[Path], int, int, int], Any]
+
+
+def image_files(store: Path) -> list[Path]:
+    """The files of a store, or of a directory of stores, that are streamed from, in name order."""
+    return sorted(store.rglob(f"*{IMAGE_SUFFIX}"))
+
+
+class LinkMeter:
+    """Reads the store with 1, 2 and 4 threads in requests of 4, 8 and 16 MiB, and keeps the best speed seen.
+
+    Attributes:
+        measurements: every raw measurement, in order.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        *,
+        bytes_each: int = BYTES_EACH,
+        settle_s: float = SETTLE_S,
+        read: Reader | None = None,
+    ) -> None:
+        self._paths = image_files(store)
+        self._total_bytes = min(bytes_each, sum(path.stat().st_size for path in self._paths))
+        self._settle_s = settle_s
+        self._read = read
+        self._turn = itertools.cycle(CANDIDATES)
+        self.measurements: list[dict[str, Any]] = []
+
+    @property
+    def best_bytes_per_s(self) -> float | None:
+        """The best speed so far; ``None`` before the first measurement, or where there is nothing to read."""
+        return max((one["bytes_per_s"] for one in self.measurements), default=None)
+
+    def measure_all(self) -> None:
+        """Measure every candidate once."""
+        self.measure(len(CANDIDATES))
+
+    def measure(self, count: int) -> None:
+        """Measure the next ``count`` candidates, going round."""
+        if not self._paths:
+            return
+        if self._read is None:
+            from subspec.memory.disk import measure_read
+
+            self._read = measure_read
+        time.sleep(self._settle_s)  # what the engine had begun to prefetch arrives first
+        for _ in range(count):
+            threads, request_bytes = next(self._turn)
+            speed = self._read(self._paths, threads, request_bytes, self._total_bytes)
+            self.measurements.append(
+                {
+                    "threads": threads,
+                    "request_bytes": request_bytes,
+                    "total_bytes": self._total_bytes,
+                    "bytes_per_s": speed.bytes_per_s,
+                    "direct": speed.direct,
+                }
+            )

@@ -1,0 +1,146 @@
+"""What runs show together: the summary, the whole result record, and the table for people."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Run = dict[str, Any]
+
+
+def summarize(runs: Sequence[Run]) -> dict[str, Any]:
+    """The figures of a bench.
+
+    Returns:
+        ``tok_s``: the median per mode; ``speedup``: the median of the per-prompt ratios speculative ÷ plain;
+        ``acceptance_length``: tokens committed per step over all speculative steps; ``link_utilization``:
+        the median per mode; ``identical``: whether both modes gave the same tokens (see ``same_tokens``),
+        ``None`` if there was nothing to compare.  A figure that the runs do not give is ``None``.
+    """
+    modes = list(dict.fromkeys(run["mode"] for run in runs))
+    pairs = paired(runs)
+    ratios = [ratio for plain, speculative in pairs if (ratio := speedup(plain, speculative)) is not None]
+    speculative = [run for run in runs if run["mode"] == "speculative"]
+    return {
+        "tok_s": {mode: _median([run["tok_s"] for run in runs if run["mode"] == mode]) for mode in modes},
+        "speedup": _median(ratios),
+        "acceptance_length": _acceptance_length(speculative),
+        "link_utilization": {
+            mode: _median([run["link_utilization"] for run in runs if run["mode"] == mode]) for mode in modes
+        },
+        "identical": all(same_tokens(*pair) for pair in pairs) if pairs else None,
+    }
+
+
+def paired(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """The plain and the speculative run of every prompt that has both."""
+    prompts = list(dict.fromkeys(run["prompt_id"] for run in runs))
+    found = {(run["prompt_id"], run["mode"]): run for run in runs}
+    pairs = ((found.get((prompt, "plain")), found.get((prompt, "speculative"))) for prompt in prompts)
+    return [(plain, speculative) for plain, speculative in pairs if plain and speculative]
+
+
+def same_tokens(one: Run, other: Run) -> bool:
+    """Whether two runs agree on the length they have in common, which must not be empty.
+
+    A run may be the shorter one only because its limit on new tokens cut it off; one that ended by itself
+    where the other went on has given another text.
+    """
+    first, second = one["token_ids"], other["token_ids"]
+    common = min(len(first), len(second))
+    shorter = one if len(first) < len(second) else other
+    if len(first) != len(second) and shorter["finish_reason"] != "length":
+        return False
+    return common > 0 and bool(first[:common] == second[:common])
+
+
+def speedup(plain: Run, speculative: Run) -> float | None:
+    """Ratio of the two runs' tokens/s, if both decoded long enough to have one."""
+    if not (_is_positive(plain["tok_s"]) and _is_positive(speculative["tok_s"])):
+        return None
+    return float(speculative["tok_s"] / plain["tok_s"])
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record so that the file is either whole or not there."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(to_json(record) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """A record as strict JSON, with lists of numbers on one line each."""
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(name)}: {_value(value)}" for name, value in record.items()) + "\n}"
+    )
+
+
+def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
+    """A line per prompt and one for the medians."""
+    from rich.table import Table
+
+    modes = list(summary["tok_s"])
+    grid = Table(*["prompt", *(f"{mode} tok/s" for mode in modes)], show_footer=False)
+    for name in ("speed-up", "acceptance", "link", "identical"):
+        grid.add_column(name, justify="right")
+    pairs = {pair[0]["prompt_id"]: pair for pair in paired(runs)}
+    for prompt in dict.fromkeys(run["prompt_id"] for run in runs):
+        own = {run["mode"]: run for run in runs if run["prompt_id"] == prompt}
+        last = own.get("speculative") or next(iter(own.values()))
+        pair = pairs.get(prompt)
+        cells = [
+            *(own[mode]["tok_s"] for mode in modes),
+            speedup(*pair) if pair else None,
+        ]
+        cells += [
+            last["acceptance_length"],
+            last["link_utilization"],
+            same_tokens(*pair) if pair else None,
+        ]
+        grid.add_row(str(prompt), *(_cell(cell) for cell in cells))
+    grid.add_section()
+    link = summary["link_utilization"].get(
+        "speculative", next(iter(summary["link_utilization"].values()), None)
+    )
+    medians = [
+        *summary["tok_s"].values(),
+        summary["speedup"],
+        summary["acceptance_length"],
+        link,
+    ]
+    grid.add_row("all", *(_cell(cell) for cell in [*medians, summary["identical"]]))
+    return grid
+
+
+def _acceptance_length(runs: Sequence[Run]) -> float | None:
+    """Tokens per step over all steps of the runs, not the mean of the runs' means."""
+    steps = sum(run["steps"] for run in runs)
+    return sum(run["acceptance_length"] * run["steps"] for run in runs) / steps if steps else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    usable = [value for value in values if value is not None and _is_positive(value)]
+    return statistics.median(usable) if usable else None
+
+
+def _is_positive(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join("  " + json.dumps(one, allow_nan=False) for one in value) + "\n]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _cell(value: float | bool | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.2f}"

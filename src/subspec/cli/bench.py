@@ -1,0 +1,143 @@
+"""``subspec bench``: the modes against one another on a file of prompts, with all that was measured."""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subspec.cli import options
+from subspec.cli.progress import TerminalProgress
+from subspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from subspec.bench.link import LinkMeter
+    from subspec.bench.runs import Settings
+    from subspec.generation import LLM
+
+Prompts = Annotated[
+    Path,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='JSON lines {"turns": [message, …]}; the first is used.',
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="K", help="Use K evenly spaced lines.  [default: all]"),
+]
+PlainMaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--plain-max-new-tokens",
+        metavar="N",
+        help="The plain mode's limit.  [default: the same]",
+    ),
+]
+Modes = Annotated[
+    str,
+    typer.Option("--modes", metavar="LIST", help="Which modes to run, in this order."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="The JSON's file.  [default: standard output]"),
+]
+
+
+def bench(
+    model: options.Model,
+    prompts: Prompts,
+    memory: options.Memory,
+    limit: Limit = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    plain_max_new_tokens: PlainMaxNewTokens = None,
+    modes: Modes = "plain,speculative",
+    temperature: options.Temperature = None,
+    seed: options.Seed = 0,
+    context: options.Context = None,
+    depth: options.Depth = None,
+    width: options.Width = None,
+    nodes: options.Nodes = None,
+    draft_temperature: options.DraftTemperature = None,
+    dtype: options.Dtype = None,
+    store: options.Store = None,
+    out: Out = None,
+) -> None:
+    """Time the modes in turn on every prompt.  Exits with 1 if their tokens differ."""
+    from subspec.bench.link import LinkMeter
+    from subspec.bench.prompts import load_prompts
+    from subspec.bench.runs import Settings, parse_modes, run_prompts
+
+    settings = Settings(parse_modes(modes), max_new_tokens, plain_max_new_tokens, temperature, seed)
+    chosen = load_prompts(prompts, limit)
+    if out is not None and not out.parent.is_dir():
+        raise OptionError(f"--out {out}: there is no directory {out.parent}")
+    engine = {"memory": memory, "context": context, "dtype": dtype, "store": store}
+    tree = {
+        "depth": depth,
+        "width": width,
+        "nodes": nodes,
+        "draft_temperature": draft_temperature,
+    }
+    with (
+        TerminalProgress() as progress,
+        options.open_llm(model, progress, **engine, **tree) as llm,
+    ):
+        meter = LinkMeter(llm.store_path)
+        runs = run_prompts(llm, chosen, settings, meter, progress)
+        record = _record(llm, settings, meter, runs)
+    _publish(record, out)
+
+
+def _record(
+    llm: "LLM", settings: "Settings", meter: "LinkMeter", runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything a reader needs to repeat the bench and to judge it."""
+    from subspec.bench import machine
+    from subspec.bench.report import summarize
+    from subspec.memory.tiers import peak_memory_bytes
+
+    return {
+        "command": shlex.join(["subspec", *sys.argv[1:]]),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+        "machine": machine.machine(),
+        "model": llm.describe(),
+        "settings": asdict(settings),
+        "seed": settings.seed,
+        "plan": llm.plan.as_dict(),
+        "budget_bytes": llm.plan.budget_bytes,
+        "peak_bytes": peak_memory_bytes(),
+        "link_bytes_per_s": meter.best_bytes_per_s,
+        "link_measurements": meter.measurements,
+        "runs": runs,
+        "summary": summarize(runs),
+    }
+
+
+def _publish(record: dict[str, Any], out: Path | None) -> None:
+    """Write the JSON and print the table; with no file, the JSON has standard output for itself."""
+    from rich.console import Console
+
+    from subspec.bench.report import table, to_json, write_json
+    from subspec.memory.tiers import format_size
+
+    if out is None:
+        print(to_json(record))
+    else:
+        write_json(record, out)
+    console = Console(stderr=out is None)
+    console.print(table(record["runs"], record["summary"]))
+    peak, budget = (
+        format_size(record["peak_bytes"]),
+        format_size(record["budget_bytes"]),
+    )
+    speed = record["link_bytes_per_s"]
+    link = f"link {speed / 1e9:.2f} GB/s" if speed else "nothing streamed"
+    console.print(f"peak {peak} · budget {budget} · {link}", highlight=False)
+    if record["summary"]["identical"] is False:
+        print("error: the modes gave different tokens", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,76 @@
+"""``subspec demo``: the whole thing on a small model, from fetching it to identical tokens."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from subspec.cli import options
+from subspec.cli.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from subspec.generation import LLM, Result
+    from subspec.speculation.sampling import SamplingParams
+
+MEMORY = "200MiB"
+CONTEXT = 1024
+QUESTION = "Write a short story about a lighthouse keeper who finds a message in a bottle."
+
+Question = Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")]
+
+
+def demo(
+    prompt: Question = QUESTION,
+    memory: options.Memory = MEMORY,
+    max_new_tokens: options.MaxNewTokens = 128,
+    store: options.Store = None,
+) -> None:
+    """Fetch and prepare a small model, then answer in less memory than it needs, plain and speculative."""
+    from subspec.checkpoint.embedded import fetch_demo
+
+    params = options.sampling(max_new_tokens=max_new_tokens)
+    with TerminalProgress() as progress:
+        print("Fetching the model …", flush=True)
+        fetch_demo(progress)
+        print("Preparing it (once) …", flush=True)
+        with options.open_llm("demo", progress, memory=memory, context=CONTEXT, store=store) as llm:
+            print(f"\n{llm.plan.explain()}\n\n> {prompt}\n", flush=True)
+            results = {}
+            for mode in ("plain", "speculative"):
+                llm.reset()
+                print(f"── {mode} ──", flush=True)
+                results[mode] = _answer(llm, prompt, params, mode)
+            budget_bytes = llm.plan.budget_bytes
+    _compare(results["plain"], results["speculative"], budget_bytes)
+
+
+def _answer(llm: "LLM", prompt: str, params: "SamplingParams", mode: str) -> "Result":
+    """Stream one answer to standard output."""
+    result = None
+    for piece in llm.stream(prompt, params, mode=mode):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        result = piece.result or result
+    print("\n", flush=True)
+    assert result is not None, "the last piece carries the result"
+    return result
+
+
+def _compare(plain: "Result", speculative: "Result", budget_bytes: int) -> None:
+    """Print both runs' figures; exit with 1 if the tokens differ."""
+    from subspec.memory.tiers import format_size, peak_memory_bytes
+
+    for result in (plain, speculative):
+        one = result.statistics
+        print(
+            f"{one.mode:<12} {one.new_tokens} tokens · {one.tok_s:.2f} tok/s · "
+            f"acceptance length {one.acceptance_length:.2f} · streamed {format_size(one.streamed_bytes)}"
+        )
+    if plain.statistics.tok_s:
+        print(f"speed-up     {speculative.statistics.tok_s / plain.statistics.tok_s:.2f} ×")
+    peak = format_size(peak_memory_bytes())
+    print(f"memory       peak of the process {peak}, budget of the engine {format_size(budget_bytes)}")
+    if plain.token_ids != speculative.token_ids:
+        print("error: the two modes gave different tokens", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"identical    yes, all {len(plain.token_ids)} tokens")
