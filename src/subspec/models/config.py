@@ -1,7 +1,7 @@
 """What a model is, in plain numbers, from a Hugging Face ``config.json`` or a GGUF header in the same words.
 
-Says which tensors, of which shapes, a checkpoint must have; ``prepare`` joins the two, and the decoder is built
-from it. Knows nothing of files, tensors' contents, torch or transformers.
+Says which tensors, of which shapes, a checkpoint must have; ``prepare`` joins the two, and the decoder
+is built from it. Knows nothing of files, tensors' contents, torch or transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RopeKind = Literal["default", "linear", "llama3"]
 class RopeConfig:
     """Rotary positions: ``theta ** (-2i / D)``, then scaled as ``kind`` says.
 
-    ``frequency_divisors`` are D/2 numbers that divide the unscaled frequencies: a GGUF file's way to state llama3.
+    ``frequency_divisors`` are D/2 numbers that divide the unscaled frequencies: how GGUF states llama3.
     """
 
     theta: float
@@ -172,7 +172,7 @@ class ModelConfig:
         parts = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
         if parts:
             raise ModelError(
-                f"the checkpoint's tensors do not fit its config (a {self.family} model of {self.layers} layers, "
+                f"the checkpoint's tensors do not fit its config ({self.family}, {self.layers} layers, "
                 f"{len(wanted)} tensors): {'; '.join(parts)}"
             )
 

@@ -1,6 +1,6 @@
 """The families of models as data: what sets each apart, and which config fields may be there.
 
-Read by :mod:`subspec.models.config`. A family is a row of :data:`FAMILIES`, not a class; the next one is a few
+Read by :mod:`subspec.models.config`. A family is a row of :data:`FAMILIES`, not a class; the next is a few
 lines. A field that is neither understood nor listed as harmless is an error, because a quirk that is silently
 dropped gives wrong text. Knows nothing of tensors, torch or transformers.
 """
@@ -144,8 +144,8 @@ def check_fields(config: Mapping[str, Any], name: str, family: Family) -> None:
             quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         )
         raise ModelError(
-            f"the checkpoint is already quantized (quantization_config, method {method}); its weights are not "
-            "exact bf16, fp16 or fp32: use the original checkpoint, or a GGUF file"
+            f"the checkpoint is already quantized (quantization_config, method {method}); its weights are "
+            "not exact bf16, fp16 or fp32: use the original checkpoint, or a GGUF file"
         )
     fixed = {**_FIXED, **family.fixed}
     switches = {
