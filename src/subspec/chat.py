@@ -141,7 +141,7 @@ class Chat:
 
 
 def _read(terminal: bool, stream: TextIO | None = None) -> str | None:
-    """The next line without its end; ``None`` when there is no more.  Ctrl-C gives up the line being typed."""
+    """The next line without its end; ``None`` at the end.  Ctrl-C gives up the line typed so far."""
     if not terminal:
         line = (stream or sys.stdin).readline()
         return line.rstrip("\n") if line else None

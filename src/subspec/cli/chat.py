@@ -1,8 +1,8 @@
 """``subspec chat``: opens the model and hands over to the conversation of ``subspec.chat``."""
 
 from subspec.cli import options
+from subspec.cli.answer import summary_line
 from subspec.cli.progress import TerminalProgress
-from subspec.cli.summary import summary_line
 
 
 def chat(

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from subspec.cli import options
+from subspec.cli.answer import print_answer
 from subspec.cli.progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from subspec.generation import LLM, Result
-    from subspec.speculation.sampling import SamplingParams
+    from subspec.generation import Result
 
 MEMORY = "200MiB"
 CONTEXT = 1024
@@ -31,7 +31,7 @@ def demo(
     params = options.sampling(max_new_tokens=max_new_tokens)
     with TerminalProgress() as progress:
         print("Fetching the model …", flush=True)
-        fetch_demo(progress)
+        fetch_demo(lambda step: print(f"  {step}", flush=True))
         print("Preparing it (once) …", flush=True)
         with options.open_llm("demo", progress, memory=memory, context=CONTEXT, store=store) as llm:
             print(f"\n{llm.plan.explain()}\n\n> {prompt}\n", flush=True)
@@ -39,21 +39,9 @@ def demo(
             for mode in ("plain", "speculative"):
                 llm.reset()
                 print(f"── {mode} ──", flush=True)
-                results[mode] = _answer(llm, prompt, params, mode)
+                results[mode] = print_answer(llm, prompt, params, mode=mode)
             budget_bytes = llm.plan.budget_bytes
     _compare(results["plain"], results["speculative"], budget_bytes)
-
-
-def _answer(llm: "LLM", prompt: str, params: "SamplingParams", mode: str) -> "Result":
-    """Stream one answer to standard output."""
-    result = None
-    for piece in llm.stream(prompt, params, mode=mode):
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        result = piece.result or result
-    print("\n", flush=True)
-    assert result is not None, "the last piece carries the result"
-    return result
 
 
 def _compare(plain: "Result", speculative: "Result", budget_bytes: int) -> None:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from subspec.cli import options
 from subspec.cli.progress import TerminalProgress
 from subspec.errors import OptionError
 
@@ -30,13 +29,18 @@ _FEATURES = (
 )
 _SHAPES = ((2048, 2048), (896, 4864), (4864, 896), (8192, 1536))
 
+Store = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Place to examine.  [default: the user's cache]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def doctor(store: options.Store = None, as_json: Json = False) -> None:
+def doctor(store: Store = None, as_json: Json = False) -> None:
     """Examine the machine: versions, processor, kernels, disk, memory and its limits, free space."""
+    from subspec.store.prepare import cache_directory
+
     with TerminalProgress() as progress:
-        findings = examine(store or _default_store(), progress)
+        findings = examine(store or cache_directory(), progress)
     if as_json:
         print(json.dumps(findings, indent=2))
     else:
@@ -96,6 +100,10 @@ def _warnings(findings: dict[str, Any]) -> list[str]:
     found = [
         f"kernels for {level} are not in use: {why}" for level, why in findings["kernels"]["missing"].items()
     ]
+    if forced := os.environ.get("SUBSPEC_KERNELS"):
+        found.append(f"SUBSPEC_KERNELS={forced} decides on the kernels")
+    elif findings["kernels"]["level"] == "reference":
+        found.append("no native kernels: everything runs on the slow reference functions")
     found += [f"{dtype}: {way}" for dtype, way in findings["exact_product"].items() if way.startswith("none")]
     if not disk["direct_reads"]:
         found.append(f"direct reads do not work at {disk['store']}: {disk['direct_reads_failure']}")
@@ -120,7 +128,7 @@ def _print(findings: dict[str, Any]) -> None:
 
     cpu, disk, memory = findings["cpu"], findings["disk"], findings["memory"]
     speed = disk["read_bytes_per_s"]
-    best = f"{disk['read_threads']} threads × {size(disk['read_request_bytes'])}"
+    best = f"threads: {disk['read_threads']}, requests of {size(disk['read_request_bytes'])}"
     rows = {
         "versions": ", ".join(f"{name} {number}" for name, number in findings["versions"].items()),
         "processor": f"{cpu['name']}, {cpu['threads']} threads",
@@ -137,13 +145,6 @@ def _print(findings: dict[str, Any]) -> None:
         print(f"{name:<13} {text}")
     for warning in findings["warnings"]:
         print(f"{'warning':<13} {warning}")
-
-
-def _default_store() -> Path:
-    """Where prepared models lie when no ``--store`` says otherwise."""
-    from subspec.store.reader import default_root
-
-    return default_root()
 
 
 def _disk(store: Path, progress: TerminalProgress) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subspec.cli import options
+from subspec.cli.answer import print_answer, summary_line
 from subspec.cli.progress import TerminalProgress
-from subspec.cli.summary import summary_line
 from subspec.errors import OptionError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def generate(
         if as_json:
             print(json.dumps(_record(llm, llm.generate(question, params, raw=raw)), indent=2))
             return
-        result = _stream(llm, question, params, raw)
+        result = print_answer(llm, question, params, raw=raw)
         print(summary_line(result, llm.plan.budget_bytes), file=sys.stderr)
 
 
@@ -102,18 +102,6 @@ def _question(prompt: str | None, system: str | None, raw: bool) -> str | list[d
         raise OptionError("the prompt is empty: give some text, or use --raw to start from nothing")
     user = {"role": "user", "content": text.strip("\n")}
     return [user] if system is None else [{"role": "system", "content": system}, user]
-
-
-def _stream(llm: "LLM", question: Any, params: Any, raw: bool) -> "Result":
-    """Print the pieces as they come; return the whole."""
-    result = None
-    for piece in llm.stream(question, params, raw=raw):
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        result = piece.result or result
-    print(flush=True)
-    assert result is not None, "the last piece carries the result"
-    return result
 
 
 def _record(llm: "LLM", result: "Result") -> dict[str, Any]:

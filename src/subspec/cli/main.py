@@ -1,7 +1,7 @@
 """The ``subspec`` command: the commands together, and users' errors as one line and an exit status.
 
-Status 0 is success, 1 a check that failed, 2 an error the user can mend, 130 an interruption.  Nothing here or
-in the command modules imports torch before a command runs, so ``subspec --help`` is quick.
+Status 0 is success, 1 a check that failed, 2 an error the user can mend, 130 an interruption.  Nothing here
+or in the command modules imports torch before a command runs, so ``subspec --help`` is quick.
 """
 
 import os

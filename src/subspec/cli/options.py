@@ -50,7 +50,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="DIR",
-        help="Where prepared models lie.  [default: the user's cache]",
+        help="The prepared model's directory.  [default: one in the user's cache]",
     ),
 ]
 Dtype = Annotated[

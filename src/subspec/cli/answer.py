@@ -1,9 +1,24 @@
-"""One line about a run, for people: how fast, how much was accepted and streamed, how much memory it took."""
+"""Print an answer as it is made, and one line about how: speed, acceptance, bytes streamed, memory."""
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspec.generation import Result
+    from subspec.generation import LLM, Result
+
+
+def print_answer(
+    llm: "LLM", prompt: Any, params: Any, *, mode: str | None = None, raw: bool = False
+) -> "Result":
+    """Write the pieces to standard output as they come; return the whole."""
+    result = None
+    for piece in llm.stream(prompt, params, mode=mode, raw=raw):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        result = piece.result or result
+    print(flush=True)
+    assert result is not None, "the last piece carries the result"
+    return result
 
 
 def summary_line(result: "Result", budget_bytes: int) -> str:
