@@ -21,6 +21,7 @@ import torch
 from subspec.errors import OptionError
 from subspec.kernels import build
 
+INTERFACE_VERSION = 2  # as in cpu/version.cpp; counts changes of any function's arguments
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NEEDS = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
@@ -89,9 +90,12 @@ def _load(level: str) -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         return None, _build_failure(level)
     try:
-        return ctypes.CDLL(str(path)), ""
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} does not load: {error}"
+    if library.subspec_interface_version() != INTERFACE_VERSION:
+        return None, f"{path.name} is of another version; run: python -m subspec.kernels.build"
+    return library, ""
 
 
 def _build_failure(level: str) -> str:

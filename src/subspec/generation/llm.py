@@ -1,0 +1,279 @@
+"""The public API: ``LLM(model, memory=…)``, then ``generate`` or ``stream``."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from subspec.engine import Engine
+from subspec.errors import ContextError, OptionError
+from subspec.generation.prompt import Prompt, encode, load_tokenizer
+from subspec.generation.results import Piece, Result, Statistics
+from subspec.generation.text import TextStream
+from subspec.memory.tiers import default_budget, parse_size
+from subspec.planning.plan import Plan, Request, make_plan
+from subspec.speculation.decode import Commit, decode
+from subspec.speculation.draft import TreeShape
+from subspec.speculation.sampling import Sampler, SamplingParams
+from subspec.store.prepare import prepare
+from subspec.store.reader import Store
+
+MODES = ("speculative", "plain")
+
+
+class LLM:
+    """A model under a memory budget.
+
+    Args:
+        model: a Hugging Face directory, a GGUF file, a hub id, ``demo``, or a prepared store.
+        memory: bound on everything the engine holds: ``"1.5GiB"``, bytes, or ``"auto"``.
+        context: most tokens of prompt and text together; default 4096 or the model's limit.
+        mode: ``speculative``, or ``plain``: the same engine with a one-node tree, and the same tokens.
+        depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        draft_temperature: divisor of the draft's scores.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` instead of the checkpoint's own.
+        store: where the prepared model lies or goes; default: under the user's cache directory.
+        prefill_chunk: prompt rows that go through a layer at once.
+        progress: called with (task, done, total) while preparing and loading.
+
+    Attributes:
+        plan: what the budget is spent on.
+        config: the model's configuration.
+        name: the model's short name.
+        store_path: the prepared model.
+        tokenizer: the transformers tokenizer, or None.
+
+    Raises:
+        SubspecError: the model, the store, the budget or an option cannot be used; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        memory: str | int = "auto",
+        *,
+        context: int | None = None,
+        mode: str = "speculative",
+        depth: int | None = None,
+        width: int | None = None,
+        nodes: int | None = None,
+        draft_temperature: float | None = None,
+        dtype: str | None = None,
+        store: str | Path | None = None,
+        prefill_chunk: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.mode = _checked_mode(mode)
+        budget = default_budget() if memory == "auto" else parse_size(memory)
+        request = Request(budget, context, depth, width, nodes, draft_temperature, prefill_chunk)
+        self.store_path = prepare(model, store=Path(store) if store else None, dtype=dtype, progress=progress)
+        opened = Store(self.store_path)
+        self.config, self.name = opened.config, opened.manifest.name
+        small_bytes = opened.manifest.files["small.safetensors"].n_bytes
+        self.plan: Plan = make_plan(self.config, opened.dtype.itemsize, small_bytes, request)
+        self.engine = Engine(opened, self.plan, progress)
+        self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
+        self._cached: list[int] = []  # tokens whose keys and values are in the cache
+        self._turn = 0
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, mode: str | None = None, raw: bool = False
+    ) -> Result:
+        """The whole answer.
+
+        Args:
+            prompt: a user's message, a list of messages (``{"role": …, "content": …}``), or token ids.
+            params: how to choose tokens and when to stop; default: greedy, 256 tokens.
+            mode: overrides the model's.
+            raw: take a string as it is, without the chat template.
+
+        Raises:
+            ContextError: the prompt does not fit the context.
+            OptionError: a prompt or option that cannot be used.
+        """
+        *_, last = self.stream(prompt, params, mode=mode, raw=raw)
+        assert last.result is not None
+        return last.result
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, mode: str | None = None, raw: bool = False
+    ) -> Iterator[Piece]:
+        """The answer in pieces, as tokens commit; arguments and errors are ``generate``'s.
+
+        Abandoning the iterator leaves the model usable; a later text on the same model ends an unfinished one.
+        """
+        params = params or SamplingParams()
+        chosen = _checked_mode(mode or self.mode)
+        if params.stop and self.tokenizer is None:
+            raise OptionError("stop strings need a tokenizer, and this model has none")
+        ids = encode(self.tokenizer, prompt, self.config.vocab_size, raw=raw)
+        if len(ids) >= self.plan.context:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, the context is {self.plan.context}: shorten it, or raise --context "
+                f"to at least {len(ids) + params.max_new_tokens} (the model's limit is {self.config.max_position})"
+            )
+        return self._run(ids, params, chosen)
+
+    def reset(self) -> None:
+        """Forget the kept keys and values."""
+        self._cached = []
+
+    def close(self) -> None:
+        """Free what the model holds."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What runs here, as plain data for result files."""
+        config, manifest = self.config, self.engine.store.manifest
+        return {
+            "name": self.name,
+            "family": config.family,
+            "dtype": manifest.dtype,
+            "parameters": sum(_count(shape) for shape in config.tensors().values()),
+            "layers": config.layers,
+            "resident_layers": len(self.plan.resident_layers),
+            "store_version": manifest.version,
+            "codec": manifest.codec,
+            "product": self.engine.product.name,
+            "direct_reads": self.engine.store.direct,
+        }
+
+    def _run(self, ids: list[int], params: SamplingParams, mode: str) -> Iterator[Piece]:
+        """Decode one text; keeps ``_cached`` true at every step."""
+        self._turn += 1
+        turn, plan = self._turn, self.plan
+        reused = min(_common_prefix(self._cached, ids), len(ids) - 1)
+        self._cached = ids[:reused]
+        sampler = Sampler(params, ids, plan.draft_temperature)
+        shape = TreeShape(plan.depth, plan.width, plan.nodes) if mode == "speculative" else None
+        limit = min(params.max_new_tokens, plan.context - len(ids))
+        answer = _Answer(self, ids, params, limit)
+        clock = _Clock(self.engine, mode, reused)
+        for commit in decode(self.engine, ids, reused, sampler, shape, limit):
+            known = ids + answer.token_ids + commit.tokens
+            text, tokens = answer.take(commit.tokens)
+            self._cached = known[:-1][: len(ids) + len(answer.token_ids)]
+            clock.add(commit, len(tokens))
+            if answer.finish_reason:
+                text += answer.finish()
+                yield Piece(text, tokens, answer.result(clock.statistics(len(answer.token_ids))))
+                return
+            yield Piece(text, tokens)
+            clock.resume()
+            if turn != self._turn:
+                raise OptionError("another text was begun on this model: this one cannot go on")
+
+
+@dataclass
+class _Answer:
+    """The text under way, and what ends it."""
+
+    llm: LLM
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self._text = TextStream(self.llm.tokenizer, self.params.stop)
+
+    def take(self, tokens: list[int]) -> tuple[str, list[int]]:
+        """Add committed tokens up to what ends the text; returns what they add."""
+        text, taken = "", []
+        for token in tokens:
+            taken.append(token)
+            self.token_ids.append(token)
+            text += self._text.feed(token)
+            if not self.params.ignore_eos and token in self.llm.config.eos_token_ids:
+                self.finish_reason = "eos"
+            elif self._text.stopped:
+                self.finish_reason = "stop"
+            elif len(self.token_ids) == self.limit:
+                self.finish_reason = "length" if self.limit == self.params.max_new_tokens else "context"
+            if self.finish_reason:
+                break
+        return text, taken
+
+    def finish(self) -> str:
+        """Text that was held back until the end."""
+        return self._text.finish()
+
+    def result(self, statistics: Statistics) -> Result:
+        """The finished text."""
+        return Result(self._text.text, self.token_ids, len(self.prompt), self.finish_reason, statistics)
+
+
+class _Clock:
+    """Times a text from inside: seconds that a consumer spends between pieces do not count."""
+
+    def __init__(self, engine: Engine, mode: str, reused: int) -> None:
+        self._engine, self._mode, self._reused = engine, mode, reused
+        self._first = self._origin = engine.counters()
+        self._commits: list[Commit] = []
+        self._kept: list[int] = []
+        self._prefill_s = self._decode_s = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, commit: Commit, kept: int) -> None:
+        """A step ended, of whose tokens ``kept`` belong to the text."""
+        elapsed_s = time.perf_counter() - self._start
+        if commit.prefill:
+            self._prefill_s = elapsed_s
+            self._first = self._engine.counters()
+        else:
+            self._decode_s += elapsed_s
+            self._commits.append(commit)
+            self._kept.append(kept)
+
+    def resume(self) -> None:
+        """The consumer asked for more."""
+        self._start = time.perf_counter()
+
+    def statistics(self, new_tokens: int) -> Statistics:
+        """The account of the finished text."""
+        last, steps = self._engine.counters(), len(self._commits)
+        return Statistics(
+            mode=self._mode,
+            new_tokens=new_tokens,
+            reused_tokens=self._reused,
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            tok_s=(new_tokens - 1) / self._decode_s if self._decode_s else 0.0,
+            acceptance_length=sum(self._kept) / steps if steps else 0.0,
+            steps=steps,
+            sweeps=last.sweeps - self._origin.sweeps,
+            streamed_bytes=last.streamed_bytes - self._first.streamed_bytes,
+            draft_s=sum(commit.draft_s for commit in self._commits),
+            verify_s=sum(commit.verify_s for commit in self._commits),
+            wait_s=last.wait_s - self._first.wait_s,
+            accepted=[len(commit.tokens) - 1 for commit in self._commits],
+            drafted=[commit.drafted for commit in self._commits],
+        )
+
+
+def _checked_mode(mode: str) -> str:
+    """A known mode, or an error that names them."""
+    if mode not in MODES:
+        raise OptionError(f"mode is {mode!r}: choose one of {', '.join(MODES)}")
+    return mode
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    """How many leading tokens two texts share."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    """Elements of a shape."""
+    product = 1
+    for size in shape:
+        product *= size
+    return product

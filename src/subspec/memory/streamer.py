@@ -1,0 +1,183 @@
+"""The slot ring: brings the units of a sweep into a few fixed slots, in order, ahead of their use.
+
+The units form a cycle: after the last one of a sweep comes the first one of the next, so that the next sweep's first
+units load while the draft runs.  Reader threads fill slot ``i % slots`` with the ``i``-th load as soon as the load
+that held the slot was released.  The consumer calls ``acquire`` and ``release`` once a unit, in order.
+
+Two rules keep it free of races: a reader touches a slot only between its release and its next ``ready``; the
+consumer reads it only between ``acquire`` and ``release``.  Knows nothing of what the bytes mean.
+"""
+
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from subspec.errors import StoreError
+from subspec.memory.disk import ImageFile, writable
+
+REQUEST_BYTES = 8 << 20
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of bytes that is streamed whole: a page-aligned image file, with the CRC-32 of its bytes."""
+
+    name: str
+    file: ImageFile
+    n_bytes: int
+    crc32: int
+
+
+class Streamer:
+    """Streams ``units`` cyclically through ``slots``.
+
+    Args:
+        units: at least one; each file holds exactly its unit's bytes.
+        slots: page-aligned uint8 tensors, each as large as the largest unit.
+        threads: reader threads.
+        request_bytes: size of one read.
+
+    A unit's checksum is verified when it is first read, by the reader thread that completes it.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        slots: Sequence[torch.Tensor],
+        *,
+        threads: int = THREADS,
+        request_bytes: int = REQUEST_BYTES,
+    ) -> None:
+        self.units = list(units)
+        self.slots = list(slots)
+        self._views = [writable(slot) for slot in slots]
+        self._request_bytes = request_bytes
+        self._verified = [False] * len(units)
+        self._changed = threading.Condition()
+        self._begin(0)
+        self._in_flight = 0
+        self._closed = False
+        self.streamed_bytes = 0
+        self.wait_s = 0.0
+        self._threads = [threading.Thread(target=self._read_loop, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _begin(self, load: int) -> None:
+        """Forget every load and start again at load number ``load``."""
+        self._loading = load  # the load that requests are taken from
+        self._offset = 0  # where its next request starts
+        self._released = load  # loads whose slot has been given back; also the next load to consume
+        self._missing: dict[int, int] = {}  # load → bytes not yet there
+        self._ready: set[int] = set()
+        self._error: Exception | None = None
+
+    def acquire(self) -> torch.Tensor:
+        """The next unit's bytes: a view of its slot, valid until ``release``.  Blocks until they are there.
+
+        Raises:
+            StoreError: reading failed, or the unit's checksum is wrong.
+        """
+        start = time.perf_counter()
+        with self._changed:
+            load = self._released
+            while load not in self._ready and self._error is None:
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+        self.wait_s += time.perf_counter() - start
+        return self.slots[load % len(self.slots)][: self.units[load % len(self.units)].n_bytes]
+
+    def release(self) -> None:
+        """Give the acquired slot back to the readers."""
+        with self._changed:
+            self._ready.discard(self._released)
+            self._released += 1
+            self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Make the first unit the next one, after a sweep that was broken off or failed; else do nothing."""
+        with self._changed:
+            if self._released % len(self.units) == 0 and self._error is None:
+                return
+            self._error = StoreError("the sweep was broken off")  # keeps the readers from taking more
+            while self._in_flight:
+                self._changed.wait()
+            sweeps = -(-self._released // len(self.units))
+            self._begin(sweeps * len(self.units))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop the readers.  The slots are the caller's; the files are closed by their owner."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _read_loop(self) -> None:
+        """A reader thread: take a request, fill its part of the slot, until closed."""
+        while (request := self._next_request()) is not None:
+            load, offset, size = request
+            unit = self.units[load % len(self.units)]
+            try:
+                unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
+                self._finish(load, size)
+            except StoreError as error:
+                with self._changed:
+                    self._error = self._error or error
+            finally:
+                with self._changed:
+                    self._in_flight -= 1
+                    self._changed.notify_all()
+
+    def _next_request(self) -> tuple[int, int, int] | None:
+        """(load, offset, bytes) of the next read, once a slot is free for it; None when closed."""
+        with self._changed:
+            while not self._closed:
+                if self._error is None and self._loading < self._released + len(self.slots):
+                    load, offset = self._loading, self._offset
+                    n_bytes = self.units[load % len(self.units)].n_bytes
+                    size = min(self._request_bytes, n_bytes - offset)
+                    self._missing.setdefault(load, n_bytes)
+                    self._offset += size
+                    if self._offset == n_bytes:
+                        self._loading, self._offset = load + 1, 0
+                    self._in_flight += 1
+                    return load, offset, size
+                self._changed.wait()
+            return None
+
+    def _finish(self, load: int, size: int) -> None:
+        """Note that ``size`` bytes of a load are there; the thread that completes it makes it ready."""
+        with self._changed:
+            self.streamed_bytes += size
+            self._missing[load] -= size
+            if self._missing[load]:
+                return
+            del self._missing[load]
+        index = load % len(self.units)
+        if not self._verified[index]:
+            self._verify(index, self._views[load % len(self.slots)])
+        with self._changed:
+            self._ready.add(load)
+
+    def _verify(self, index: int, view: memoryview) -> None:
+        """Compare a unit's bytes with its checksum.
+
+        Raises:
+            StoreError: they differ.
+        """
+        unit = self.units[index]
+        found = zlib.crc32(view[: unit.n_bytes])
+        if found != unit.crc32:
+            raise StoreError(
+                f"{unit.file.path} ({unit.name}) is damaged: its CRC-32 is {found:08x}, the manifest says "
+                f"{unit.crc32:08x}; prepare the model again with: subspec prepare --rebuild"
+            )
+        self._verified[index] = True

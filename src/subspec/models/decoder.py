@@ -1,0 +1,138 @@
+"""The one decoder: rows in, hidden states out; target and draft differ only in the products they hand in.
+
+A pass goes layer by layer over all its rows (layer-major), so that a streamed layer is needed once however long the
+prompt is; within a layer, rows go in chunks that bound the workspace.  Knows nothing of where weights come from.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from subspec.models.config import ModelConfig
+from subspec.models.kv_cache import KVCache
+from subspec.models.operations import operations
+from subspec.models.rope import rope_tables
+
+RowProduct = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """A layer's four products, (T, K) → (T, N), bias included; exact, streamed or low-bit.
+
+    Attributes:
+        qkv: C → (H + 2·Hkv)·D; ``o``: H·D → C; ``gate_up``: C → 2F; ``down``: F → C.
+    """
+
+    qkv: RowProduct
+    o: RowProduct
+    gate_up: RowProduct
+    down: RowProduct
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """A layer's norm gains, always resident: (C,), (C,), and (D,) or None."""
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+
+
+class LayerSource(Protocol):
+    """Hands out the products of each layer in order, one layer at a time."""
+
+    def layers(self) -> Iterator[LayerProducts]:
+        """One pass; a layer's products are valid until the next one is asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a pass computes: one row a token.  All tensors are int32 except ``tokens``.
+
+    Attributes:
+        tokens: (T,) token ids.
+        positions: (T,) their positions.
+        slots: (T,) where their keys and values go.
+        prefix: (T,) how many leading slots each row sees.
+        paths: (T, P) the slots it sees after those, in position order.
+        path_lens: (T,) how many of them count.
+    """
+
+    tokens: list[int]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    prefix: torch.Tensor
+    paths: torch.Tensor
+    path_lens: torch.Tensor
+
+    def chunk(self, start: int, stop: int) -> "Rows":
+        """Rows start … stop − 1, as views."""
+        return Rows(
+            self.tokens[start:stop],
+            self.positions[start:stop],
+            self.slots[start:stop],
+            self.prefix[start:stop],
+            self.paths[start:stop],
+            self.path_lens[start:stop],
+        )
+
+
+def prefix_rows(tokens: list[int], start: int) -> Rows:
+    """Rows of a run of tokens at positions and slots start, start + 1, …; each sees what lies before it and itself."""
+    positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
+    none = torch.zeros((len(tokens), 0), dtype=torch.int32)
+    return Rows(tokens, positions, positions, positions + 1, none, torch.zeros(len(tokens), dtype=torch.int32))
+
+
+class Decoder:
+    """The layers' arithmetic around a KV cache.
+
+    Args:
+        config: sizes and variations.
+        norms: one record a layer.
+        cache: written by every pass.
+    """
+
+    def __init__(self, config: ModelConfig, norms: list[LayerNorms], cache: KVCache) -> None:
+        self.config = config
+        self.norms = norms
+        self.cache = cache
+        self._ops = operations()
+        self._cos, self._sin = rope_tables(config.rope, config.head_dim, cache.slots)
+        self._scale = config.head_dim**-0.5
+
+    def forward(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> torch.Tensor:
+        """Run all layers over ``rows``.
+
+        Args:
+            source: the weights.
+            hidden: (T, C) embeddings of the tokens; overwritten.
+            rows: the rows' places.
+            chunk_rows: how many rows go through a layer at once.
+
+        Returns:
+            (T, C) hidden states before the final norm: ``hidden`` itself.
+        """
+        bounds = [(start, min(start + chunk_rows, len(rows.tokens))) for start in range(0, len(rows.tokens), chunk_rows)]
+        chunks = [(hidden[start:stop], rows.chunk(start, stop)) for start, stop in bounds]
+        for index, products in enumerate(source.layers()):
+            for part, places in chunks:
+                self._layer(index, products, part, places)
+        return hidden
+
+    def _layer(self, index: int, products: LayerProducts, x: torch.Tensor, rows: Rows) -> None:
+        """One layer over one chunk, added into x (T, C)."""
+        ops, norms, eps = self._ops, self.norms[index], self.config.rms_norm_eps
+        keys, values = self.cache.layer(index)
+        qkv = products.qkv(ops.rms_norm(x, norms.attention, eps))  # (T, (H + 2·Hkv)·D)
+        q = ops.rotate_and_store(
+            qkv, self._cos, self._sin, rows.positions, rows.slots, keys, values, self.config.heads, norms.q, norms.k, eps
+        )  # (T, H, D)
+        mixed = ops.attend(q, keys, values, rows.prefix, rows.paths, rows.path_lens, self._scale)
+        x += products.o(mixed.view(x.shape[0], -1))
+        x += products.down(ops.silu_mul(products.gate_up(ops.rms_norm(x, norms.mlp, eps))))

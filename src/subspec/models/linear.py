@@ -1,0 +1,96 @@
+"""The exact product, canonical: a row's result must not depend on the other rows of the call.
+
+The native kernel is so by construction.  Torch's product is so only from some number of rows up, or for calls of one
+fixed row count; which, depends on the library build, the processor and the shape.  So the start-up check tries the
+model's own shapes and picks the smallest safe way (docs/method.md); ``subspec doctor`` shows what it found.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from subspec.errors import ModelError
+from subspec.kernels import exact
+from subspec.kernels.native import kernels
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+_LEAST_ROWS = (1, 2, 4, 8, 16)
+_FIXED_ROWS = (16, 32, 64)
+_CHECK_ROWS = 130  # of the long call that the short ones are compared with
+_CHECK_CALLS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129)
+
+
+@dataclass(frozen=True)
+class ExactProduct:
+    """x · weightᵀ + bias with rows independent of each other.
+
+    Attributes:
+        name: the way: ``native``, ``torch, at least N rows`` or ``torch, N rows a call``.
+        least_rows: shorter calls are padded with zero rows to this many.
+        rows_a_call: if set, every call has exactly this many rows.
+    """
+
+    name: str
+    least_rows: int = 1
+    rows_a_call: int | None = None
+    native: bool = False
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(T, K) times (N, K) transposed, plus (N,): (T, N) in x's dtype."""
+        if self.native:
+            return exact.linear(x, weight, bias)
+        rows = x.shape[0]
+        if self.rows_a_call is None:
+            return F.linear(_padded(x, self.least_rows), weight, bias)[:rows]
+        tiles = [F.linear(_padded(tile, self.rows_a_call), weight, bias) for tile in x.split(self.rows_a_call)]
+        return torch.cat(tiles)[:rows] if len(tiles) > 1 else tiles[0][:rows]
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x with zero rows added up to ``rows``."""
+    return x if x.shape[0] >= rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
+
+
+def choose_product(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, scratch: torch.Tensor) -> ExactProduct:
+    """The first way that is row-invariant on every shape, fastest first.
+
+    Args:
+        shapes: (N, K) of the model's weights; of the head, one chunk.
+        dtype: of weights and rows.
+        scratch: uint8 memory of at least the largest weight; overwritten.
+
+    Raises:
+        ModelError: no way passes on this build of torch and this processor.
+    """
+    distinct = sorted(set(shapes))
+    ways = [ExactProduct("native", native=True)] if kernels().library is not None else []
+    ways += [ExactProduct(f"torch, at least {rows} rows", least_rows=rows) for rows in _LEAST_ROWS]
+    ways += [ExactProduct(f"torch, {rows} rows a call", rows_a_call=rows) for rows in _FIXED_ROWS]
+    for way in ways:
+        if all(row_invariant(way, shape, dtype, scratch) for shape in distinct):
+            return way
+    raise ModelError(
+        f"no exact product is row-invariant in {dtype} on this processor with torch {torch.__version__} (tried "
+        f"{', '.join(way.name for way in ways)}): install a C++ compiler and run: python -m subspec.kernels.build"
+    )
+
+
+def row_invariant(way: ExactProduct, shape: tuple[int, int], dtype: torch.dtype, scratch: torch.Tensor) -> bool:
+    """Whether calls of many row counts, at shifted places, give the bits of one long call.
+
+    Weights are random in ``scratch`` (N and K as given).  A finding on this build, processor and thread count.
+    """
+    n, k = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = scratch[: n * k * dtype.itemsize].view(dtype).view(n, k)
+    for block in weight.split(1024):
+        block.copy_(torch.randn(block.shape, generator=generator) * 0.05)
+    x = torch.randn((_CHECK_ROWS, k), generator=generator).to(dtype)
+    whole = way(x, weight, None)
+    for rows in _CHECK_CALLS:
+        start = rows % (_CHECK_ROWS - rows + 1)
+        if not torch.equal(way(x[start : start + rows], weight, None), whole[start : start + rows]):
+            return False
+    return True

@@ -1,0 +1,218 @@
+"""Choose what a memory budget is spent on, and explain it.
+
+The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and two slots.  What is left
+keeps layers resident, spread evenly over the model, then chunks of the output head.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from subspec.errors import BudgetError, OptionError
+from subspec.memory.tiers import MIB, format_size, page_aligned
+from subspec.models.config import ModelConfig
+from subspec.store.layout import head_chunks, layer_bytes
+from subspec.substitute.layout import tile_bytes
+
+DEFAULT_CONTEXT = 4096
+SLOTS = 2
+PREFILL_ROWS = 256
+EMBEDDING_CACHE_BYTES = 8 * MIB
+DEFAULT_DEPTH, DEFAULT_WIDTH, DEFAULT_NODES = 24, 4, 48
+DEFAULT_DRAFT_TEMPERATURE = 1.0
+NOISE_BYTES = 4  # a position's noise, per vocabulary entry
+SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for; ``None`` leaves the choice to the planner.
+
+    Attributes:
+        budget_bytes: bound on everything the engine holds.
+        context: tokens of prompt and text together.
+        depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        draft_temperature: divisor of the draft's scores.
+        prefill_rows: prompt rows that go through a layer at once.
+    """
+
+    budget_bytes: int
+    context: int | None = None
+    depth: int | None = None
+    width: int | None = None
+    nodes: int | None = None
+    draft_temperature: float | None = None
+    prefill_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes.  All sizes in bytes.
+
+    Attributes:
+        budget_bytes: the bound.
+        context: tokens of prompt and text together.
+        depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        draft_temperature: divisor of the draft's scores.
+        prefill_rows: prompt rows that go through a layer at once.
+        resident_layers: layers whose exact weights stay.
+        resident_chunks: chunks of the output head that stay, from the first on.
+        streamed_bytes: what one sweep streams.
+        slots: how many; 0 if nothing is streamed.
+        slot_bytes: of one slot.
+        cache_rows: embedding rows kept.
+        parts: bytes by purpose; their sum is what the engine holds.
+    """
+
+    budget_bytes: int
+    context: int
+    depth: int
+    width: int
+    nodes: int
+    draft_temperature: float
+    prefill_rows: int
+    resident_layers: tuple[int, ...]
+    resident_chunks: int
+    streamed_bytes: int
+    slots: int
+    slot_bytes: int
+    cache_rows: int
+    parts: dict[str, int]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes the engine holds under this plan."""
+        return sum(self.parts.values())
+
+    @property
+    def cache_slots(self) -> int:
+        """Slots of the KV cache: the context, and scratch for the tree."""
+        return self.context + 1 + self.depth * self.width
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for result files."""
+        return {**asdict(self), "held_bytes": self.held_bytes}
+
+    def explain(self) -> str:
+        """The plan in a few lines for people."""
+        lines = [f"budget {format_size(self.budget_bytes)}, of which {format_size(self.held_bytes)} is used:"]
+        lines += [f"  {name.replace('_', ' '):<18} {format_size(size):>11}" for name, size in self.parts.items() if size]
+        lines.append(
+            f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks; streamed a sweep: "
+            f"{format_size(self.streamed_bytes)} through {self.slots} slots"
+        )
+        lines.append(f"context {self.context}; tree: depth {self.depth}, width {self.width}, {self.nodes} nodes verified")
+        return "\n".join(lines)
+
+
+def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Request) -> Plan:
+    """The plan for a model and a request.
+
+    Args:
+        config: the model.
+        itemsize: bytes of an exact weight.
+        small_bytes: norms, biases and checksums, always held.
+        request: budget and wishes.
+
+    Raises:
+        BudgetError: the budget is below the minimum; the message says it.
+        OptionError: a wish that cannot be met.
+    """
+    wishes = _wishes(config, request)
+    parts = _fixed_parts(config, itemsize, small_bytes, wishes)
+    layer = page_aligned(layer_bytes(config, itemsize)[0])
+    chunks = [
+        page_aligned((chunk.stop - chunk.start) * config.hidden_size * itemsize)
+        for chunk in head_chunks(config, itemsize)
+    ]
+    everything = config.layers * layer + sum(chunks)
+    spare = request.budget_bytes - sum(parts.values())
+    slots, slot_bytes = (0, 0) if spare >= everything else (SLOTS, max(layer, *chunks))
+    spare -= slots * slot_bytes
+    if spare < 0:
+        raise _too_small(request.budget_bytes, {**parts, "slots": slots * slot_bytes})
+    layers = min(spare // layer, config.layers)
+    spare -= layers * layer
+    head = 0
+    while layers == config.layers and head < len(chunks) and spare >= chunks[head]:
+        spare -= chunks[head]
+        head += 1
+    resident = layers * layer + sum(chunks[:head])
+    return Plan(
+        budget_bytes=request.budget_bytes,
+        resident_layers=tuple(index * config.layers // layers for index in range(layers)),
+        resident_chunks=head,
+        streamed_bytes=everything - resident,
+        slots=slots,
+        slot_bytes=slot_bytes,
+        cache_rows=_cache_rows(config, itemsize),
+        parts={**parts, "slots": slots * slot_bytes, "resident": resident},
+        **wishes,
+    )
+
+
+def _wishes(config: ModelConfig, request: Request) -> dict[str, Any]:
+    """The request with defaults filled in and checked."""
+    context = request.context or min(DEFAULT_CONTEXT, config.max_position)
+    if context > config.max_position:
+        raise OptionError(f"--context {context}: the model's limit is {config.max_position}")
+    depth = DEFAULT_DEPTH if request.depth is None else request.depth
+    width = DEFAULT_WIDTH if request.width is None else request.width
+    nodes = min(DEFAULT_NODES, 1 + depth * width) if request.nodes is None else request.nodes
+    rows = request.prefill_rows or PREFILL_ROWS
+    temperature = DEFAULT_DRAFT_TEMPERATURE if request.draft_temperature is None else request.draft_temperature
+    checks = [(context, "--context", 2), (depth, "--depth", 1), (width, "--width", 1), (nodes, "--nodes", 2)]
+    for value, name, least in [*checks, (rows, "prefill chunk", 1)]:
+        if value < least:
+            raise OptionError(f"{name} is {value}: it must be at least {least}")
+    if temperature <= 0:
+        raise OptionError(f"--draft-temperature is {temperature}: it must be above 0")
+    return {
+        "context": context,
+        "depth": depth,
+        "width": min(width, config.vocab_size),
+        "nodes": nodes,
+        "prefill_rows": rows,
+        "draft_temperature": temperature,
+    }
+
+
+def _fixed_parts(config: ModelConfig, itemsize: int, small_bytes: int, wishes: dict[str, Any]) -> dict[str, int]:
+    """What every run holds, whatever stays resident."""
+    scratch = 1 + wishes["depth"] * wishes["width"]
+    cache_slots = wishes["context"] + scratch
+    substitutes = config.layers * page_aligned(layer_bytes(config, itemsize)[1])
+    return {
+        "substitutes": substitutes + page_aligned(tile_bytes(config.vocab_size, config.hidden_size)),
+        "norms_biases": small_bytes,
+        "kv_cache": page_aligned(2 * config.layers * config.kv_heads * cache_slots * config.head_dim * itemsize),
+        "embedding_cache": page_aligned(_cache_rows(config, itemsize) * config.hidden_size * itemsize),
+        "workspace": _workspace(config, itemsize, wishes, cache_slots),
+    }
+
+
+def _cache_rows(config: ModelConfig, itemsize: int) -> int:
+    """Embedding rows that the cache holds."""
+    return min(max(EMBEDDING_CACHE_BYTES // (config.hidden_size * itemsize), 16), config.vocab_size)
+
+
+def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], cache_slots: int) -> int:
+    """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = (config.heads + 2 * config.kv_heads) * config.head_dim
+    rows = max(wishes["prefill_rows"], min(wishes["nodes"], 1 + wishes["depth"] * wishes["width"]))
+    activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
+    prompt = wishes["context"] * (hidden * itemsize + 64)
+    logits = (wishes["nodes"] + 2 * wishes["width"]) * config.vocab_size * itemsize
+    sampling = config.vocab_size * ((wishes["depth"] + 1) * NOISE_BYTES + SAMPLING_BYTES)
+    tables = cache_slots * config.head_dim * 4
+    return activations + prompt + logits + sampling + tables
+
+
+def _too_small(budget_bytes: int, parts: dict[str, int]) -> BudgetError:
+    """The error that names the minimum."""
+    needs = ", ".join(f"{name.replace('_', ' ')} {format_size(size)}" for name, size in parts.items() if size)
+    minimum = -(-sum(parts.values()) // MIB)
+    return BudgetError(
+        f"the minimum is {minimum}MiB ({needs}); the budget is {format_size(budget_bytes)}: raise --memory to at least "
+        f"{minimum}MiB, or lower --context"
+    )

@@ -1,0 +1,109 @@
+"""The decoding loop: prefill, then draft, verify and commit until something stops it.
+
+Plain decoding is this loop with a one-node tree: the same target pass, the same choice of tokens.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from subspec.models.decoder import Rows, prefix_rows
+from subspec.speculation.draft import TreeShape, grow
+from subspec.speculation.sampling import Sampler
+from subspec.speculation.tree import DraftTree
+from subspec.speculation.verify import walk
+
+
+class Passes(Protocol):
+    """The model as the method sees it: two passes over one KV cache."""
+
+    def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
+        """One sweep of the exact model: logits (T, V), or (1, V) of the last row."""
+        ...
+
+    def draft(self, rows: Rows) -> torch.Tensor:
+        """One pass over substitutes: logits (T, V)."""
+        ...
+
+    def move(self, sources: list[int], start: int) -> None:
+        """Move cache slots ``sources`` to start, start + 1, …"""
+        ...
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one step (or the prefill) added to the text.
+
+    Attributes:
+        tokens: committed tokens in order; the last one has no entry in the cache yet.
+        prefill: True for the first commit of a text.
+        drafted: nodes in the tree, root included.
+        verified: nodes that the sweep verified.
+        draft_s: seconds spent drafting.
+        verify_s: seconds from the start of the sweep to the commit.
+    """
+
+    tokens: list[int]
+    prefill: bool
+    drafted: int
+    verified: int
+    draft_s: float
+    verify_s: float
+
+
+def decode(
+    passes: Passes,
+    prompt: list[int],
+    cached: int,
+    sampler: Sampler,
+    shape: TreeShape | None,
+    max_new_tokens: int,
+) -> Iterator[Commit]:
+    """Generate up to ``max_new_tokens`` tokens, a step at a time.
+
+    Args:
+        passes: the model.  Its cache holds the first ``cached`` tokens of the prompt.
+        prompt: token ids, at least one more than ``cached``.
+        cached: length of the prefix that need not be computed.
+        sampler: chooses the target's tokens and ranks the draft's guesses.
+        shape: the tree; None decodes plainly.
+        max_new_tokens: where to stop; end tokens are the caller's business.
+
+    Yields:
+        One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the cache
+        holds the prompt and every committed token but the last.
+    """
+    start = time.perf_counter()
+    logits = passes.target(prefix_rows(prompt[cached:], cached), last_only=True)
+    root, base = sampler.choose(logits[0], len(prompt)), len(prompt)
+    sampler.observe([root], base)
+    yield Commit([root], True, 0, 0, 0.0, time.perf_counter() - start)
+    remaining = max_new_tokens - 1
+    while remaining > 0:
+        commit = _step(passes, root, base, sampler, shape, remaining)
+        root, base = commit.tokens[-1], base + len(commit.tokens)
+        remaining -= len(commit.tokens)
+        yield commit
+
+
+def _step(
+    passes: Passes, root: int, base: int, sampler: Sampler, shape: TreeShape | None, remaining: int
+) -> Commit:
+    """Draft, verify and commit once; no more than ``remaining`` tokens."""
+    start = time.perf_counter()
+    tree = DraftTree.rooted(root, base)
+    nodes = [0]
+    if shape is not None and remaining > 1:
+        depth = min(shape.depth, remaining - 1)  # a path of this depth, and its bonus token
+        grow(tree, passes.draft, sampler, TreeShape(depth, shape.width, shape.nodes))
+        nodes = tree.best(shape.nodes)
+    drafted = time.perf_counter()
+    logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)
+    result = walk(tree, nodes, logits, sampler.choose)
+    passes.move([tree.slot(node) for node in result.nodes], base)
+    sampler.observe(result.tokens, base + len(result.tokens))
+    end = time.perf_counter()
+    return Commit(result.tokens, False, len(tree), len(nodes), drafted - start, end - drafted)

@@ -1,0 +1,62 @@
+"""Grow a draft tree level by level."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from subspec.models.decoder import Rows
+from subspec.speculation.sampling import Sampler
+from subspec.speculation.tree import DraftTree
+
+DraftPass = Callable[[Rows], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """A fixed tree: what is drafted, and how much of it is verified.
+
+    Attributes:
+        depth: levels below the root.
+        width: nodes a level, and guesses a node.
+        nodes: nodes that a sweep verifies, the root included.
+    """
+
+    depth: int
+    width: int
+    nodes: int
+
+    @property
+    def drafted(self) -> int:
+        """Most nodes that the draft makes, the root included: the scratch slots needed."""
+        return 1 + self.depth * self.width
+
+
+def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) -> None:
+    """Add up to ``shape.depth`` levels below the tree's root.
+
+    Each level forwards the last level's nodes and keeps the ``width`` best-scored of their guesses.  A node's score
+    is the sum of its guesses' log probabilities on the way from the root.
+    Source: SubSpec (Chang et al. 2025, arXiv 2509.18344), section 4; EAGLE-2 (Li et al. 2024) for the dynamic tree.
+
+    Args:
+        tree: a rooted tree; nodes are added.
+        draft: forwards rows and writes their keys and values: (T, V) logits.
+        sampler: ranks guesses.
+        shape: depth and width.
+    """
+    frontier = [0]
+    for _ in range(shape.depth):
+        logits = draft(tree.rows(frontier))  # (T, V)
+        position = tree.base + tree.depths[frontier[0]] + 1
+        paths = [tree.path_tokens(node) for node in frontier]
+        tokens, logs = sampler.guess(logits, position, paths, shape.width)
+        guesses = [
+            (tree.scores[node] + log, node, token)
+            for node, row_tokens, row_logs in zip(frontier, tokens, logs, strict=True)
+            for token, log in zip(row_tokens, row_logs, strict=True)
+        ]
+        guesses.sort(key=lambda guess: -guess[0])  # stable: ties go to the older parent
+        frontier = [tree.add(token, node, score) for score, node, token in guesses[: shape.width]]
+        if not frontier:
+            break

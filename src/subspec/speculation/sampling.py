@@ -1,0 +1,212 @@
+"""From logits to tokens: filters, and noise keyed by position.
+
+A token is argmax(log p / T + Gumbel(seed, position)) after penalty, temperature, top-k, top-p and min-p, in
+transformers' order.  The noise depends on seed and position alone, so that a token depends on its logits and its
+context, not on when, in which tree, or beside which rows it was computed; greedy decoding is the noiseless case.
+The draft ranks its guesses under the same noise.  Source: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from subspec.errors import OptionError
+
+NUCLEUS_GUESS = 1024  # logits looked at first by top-p; a nucleus that is larger costs a full sort
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; the words are transformers'.
+
+    Attributes:
+        max_new_tokens: most tokens to generate.
+        do_sample: draw tokens instead of taking the likeliest.  None: draw if a temperature is given.
+        temperature: divisor of the logits; default 1 when drawing.
+        top_k: draw among the k likeliest; 0: all.
+        top_p: draw among the likeliest that hold this much probability.
+        min_p: drop tokens less likely than this share of the likeliest one's probability.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens already in prompt or text.
+        seed: of the noise.
+        stop: strings that end the text, themselves left out.
+        ignore_eos: go on after the model's end tokens.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
+            (self.temperature is None or 0 <= self.temperature < float("inf"), "temperature", self.temperature, ">= 0"),
+            (self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"),
+            (0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]"),
+            (0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]"),
+            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "> 0"),
+            (0 <= self.seed < 1 << 64, "seed", self.seed, "between 0 and 2^64 - 1"),
+            (not isinstance(self.stop, str) and all(self.stop), "stop", self.stop, "a tuple of non-empty strings"),
+            (not (self.do_sample and self.temperature == 0), "temperature", 0, "> 0 with do_sample=True"),
+            (not (self.do_sample is False and self.temperature), "temperature", self.temperature, "0 or None with do_sample=False"),
+        ]
+        for good, name, value, needed in checks:
+            if not good:
+                raise OptionError(f"{name} is {value!r}: it must be {needed}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return bool(self.temperature) if self.do_sample is None else self.do_sample
+
+    @property
+    def divisor(self) -> float:
+        """The temperature in use; 1 for greedy decoding."""
+        return float(self.temperature) if self.samples and self.temperature is not None else 1.0
+
+
+class Sampler:
+    """Chooses tokens for one text.
+
+    Args:
+        params: filters, temperature and seed.
+        context: token ids so far (for the penalty).
+        draft_temperature: divisor that turns a draft's perturbed scores into probabilities.
+        candidates: how many of a draft row's likeliest tokens are ranked under the noise.
+    """
+
+    def __init__(
+        self, params: SamplingParams, context: Sequence[int], draft_temperature: float = 1.0, candidates: int = 64
+    ) -> None:
+        self.params = params
+        self._draft_temperature = draft_temperature
+        self._candidates = candidates
+        self._seen = set(context)
+        self._noise: dict[int, torch.Tensor] = {}
+
+    def observe(self, tokens: Sequence[int], position: int) -> None:
+        """Tokens were committed; noise of positions before ``position`` is forgotten."""
+        self._seen.update(tokens)
+        self._noise = {place: row for place, row in self._noise.items() if place >= position}
+
+    def choose(self, logits: torch.Tensor, position: int, path: Sequence[int] = ()) -> int:
+        """The target's token at ``position``.
+
+        Args:
+            logits: (V,) of the row before it, any float dtype.
+            position: of the token chosen.
+            path: tokens after the committed ones that lead to it.
+        """
+        row = self._penalized(logits.float(), path)
+        if not self.params.samples:
+            return int(row.argmax())
+        kept, tokens = keep(row / self.params.divisor, self.params)
+        noise = self._noise_at(position, logits.shape[-1])
+        scores = kept + (noise if tokens is None else noise[tokens])
+        best = int(scores.argmax())
+        return best if tokens is None else int(tokens[best])
+
+    def guess(
+        self, logits: torch.Tensor, position: int, paths: Sequence[Sequence[int]], width: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The draft's best guesses for the tokens at ``position``.
+
+        Args:
+            logits: (T, V) of the draft.
+            position: of the guessed tokens.
+            paths: for each row the tokens after the committed ones that lead to it.
+            width: guesses a row.
+
+        Returns:
+            For each row up to ``width`` tokens, best first, and the log of the probability that the target takes
+            each: a softmax of perturbed scores over the ranked candidates.
+        """
+        if not self.params.samples:
+            return self._guess_greedily(logits, paths, width)
+        noise = self._noise_at(position, logits.shape[-1])
+        tokens, logs = [], []
+        for row, path in zip(logits, paths, strict=True):
+            values, indices = self._penalized(row.float(), path).topk(min(self._candidates, row.shape[-1]))
+            kept, chosen = keep(values / self.params.divisor, self.params)
+            ids = indices if chosen is None else indices[chosen]
+            scores = torch.log_softmax((kept + noise[ids]) / self._draft_temperature, dim=-1)
+            best = scores.topk(min(width, len(scores)))
+            alive = [place for place, score in enumerate(best.values.tolist()) if score > -float("inf")]
+            logs.append(best.values[alive].tolist())
+            tokens.append(ids[best.indices[alive]].tolist())
+        return tokens, logs
+
+    def _guess_greedily(
+        self, logits: torch.Tensor, paths: Sequence[Sequence[int]], width: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """``guess`` without noise: all rows at once."""
+        if self.params.repetition_penalty != 1.0:
+            rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
+            logits = torch.stack(rows)
+        values, indices = logits.topk(min(max(width, 8), logits.shape[-1]), dim=-1)  # the tail's mass is negligible
+        logs = torch.log_softmax(values.float() / self._draft_temperature, dim=-1)
+        return indices[:, :width].tolist(), logs[:, :width].tolist()
+
+    def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
+        """A float row with the repetition penalty; the row itself when there is none."""
+        if self.params.repetition_penalty == 1.0:
+            return row
+        seen = torch.tensor(sorted(self._seen.union(path)))
+        values = row[seen]
+        penalty = self.params.repetition_penalty
+        return row.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+
+    def _noise_at(self, position: int, vocabulary: int) -> torch.Tensor:
+        """Gumbel noise (V,) of a position; the same for a seed and position whenever asked."""
+        row = self._noise.get(position)
+        if row is None:
+            row = self._noise[position] = gumbel_noise(self.params.seed, position, vocabulary)
+        return row
+
+
+def gumbel_noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
+    """Standard Gumbel noise (V,) in fp32 from a counter-based generator keyed by seed and position."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
+    uniform = np.minimum(generator.random(vocabulary) + 2.0**-54, 1 - 2.0**-53)  # strictly inside (0, 1)
+    return torch.from_numpy(-np.log(-np.log(uniform))).float()
+
+
+def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Apply top-k, top-p and min-p to scaled logits (V,), in this order.
+
+    Returns:
+        The kept logits and their tokens (int64), or the row and None where nothing is dropped.
+    """
+    tokens = None
+    if 0 < params.top_k < row.shape[-1]:
+        row, tokens = row.topk(params.top_k)
+    if params.top_p < 1.0:
+        row, tokens = _nucleus(row, tokens, params.top_p)
+    if params.min_p > 0.0:
+        chosen = (row >= row.max() + float(np.log(params.min_p))).nonzero()[:, 0]
+        row, tokens = row[chosen], chosen if tokens is None else tokens[chosen]
+    return row, tokens
+
+
+def _nucleus(row: torch.Tensor, tokens: torch.Tensor | None, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest logits that together hold ``top_p`` of the probability: at least one.
+
+    Looks at the likeliest ``NUCLEUS_GUESS`` first, and sorts everything only if they do not hold enough.
+    """
+    total = torch.logsumexp(row.double(), dim=-1)
+    for count in (min(NUCLEUS_GUESS, len(row)), len(row)):
+        values, indices = row.topk(count)
+        before = (values.double() - total).exp().cumsum(0).roll(1)
+        before[0] = 0.0
+        kept = int((before < top_p).sum())  # a token stays while those before it hold less than top_p
+        if kept < count:
+            break
+    return values[:kept], indices[:kept] if tokens is None else tokens[indices[:kept]]

@@ -1,0 +1,122 @@
+"""The store's manifest: format version, codec, source identity, and every file with size and checksum."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subspec.errors import StoreError
+
+FORMAT = "subspec-store"
+VERSION = 1
+CODEC = "raw"  # exact images hold the weights' own bits; a residual codec will be another word here
+FILE_NAME = "manifest.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and CRC-32 of one file."""
+
+    n_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete store says of itself.
+
+    Attributes:
+        name: the model's short name.
+        dtype: of the exact weights: a key of ``DTYPES``.
+        config: the checkpoint's configuration, as ``models.config`` reads it.
+        source: identity of the checkpoint it was made from.
+        files: by path relative to the store.
+    """
+
+    name: str
+    dtype: str
+    config: dict[str, Any]
+    source: dict[str, Any]
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = VERSION
+    codec: str = CODEC
+    bits: int = 4
+    group: int = 64
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch's."""
+        return DTYPES[self.dtype]
+
+    def write(self, directory: Path) -> None:
+        """Put the manifest in place, atomically: its presence says that the store is complete."""
+        write_atomically(directory / FILE_NAME, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """The manifest of a store.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of another format version or codec.
+        """
+        path = directory / FILE_NAME
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise StoreError(f"{directory} holds no prepared model ({error.strerror}: {FILE_NAME})") from error
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StoreError(f"{path} is not a manifest of a subspec store")
+        if (data.get("version"), data.get("codec")) != (VERSION, CODEC):
+            raise StoreError(
+                f"{directory} has format version {data.get('version')}, codec {data.get('codec')!r}; this subspec reads "
+                f"version {VERSION}, codec {CODEC!r}: prepare the model again"
+            )
+        try:
+            data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
+            manifest = cls(**data)
+            manifest.torch_dtype  # noqa: B018 - an unknown dtype is damage, found here
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}): prepare the model again") from error
+        return manifest
+
+    def check_sizes(self, directory: Path) -> None:
+        """Compare every file's size with its record.
+
+        Raises:
+            StoreError: a file is missing or has another size.
+        """
+        for name, record in self.files.items():
+            path = directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != record.n_bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {record.n_bytes}"
+                raise StoreError(f"{path} {state}: prepare the model again")
+
+
+def is_store(directory: Path) -> bool:
+    """Whether a directory holds a manifest of ours."""
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return False
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file's content all at once, and only after it reached the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
