@@ -1,7 +1,7 @@
 """Builders of tiny random models: the same weights as a Hugging Face directory and as a GGUF file.
 
-Biases and norm gains are random too, and logits have a standard deviation above 1, so that a decoder that drops any
-term computes something visibly different; greedy texts wander instead of repeating one token.
+Biases and norm gains are random too, and logits have a standard deviation above 1, so that a decoder that
+drops any term computes something visibly different; greedy texts wander instead of repeating one token.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def write_tiny(
 def write_tiny_gguf(path: Path, family: str, kind: str = "F32", seed: int = 0, **changes: Any) -> Path:
     """Write the same weights as :func:`write_tiny` as a GGUF file, as llama.cpp's converter lays them out.
 
-    ``kind`` is the matrices' type: F32, F16, BF16, or a quantized one that ``gguf`` can make, such as Q8_0 or Q4_0.
+    ``kind`` is the matrices' type: F32, F16, BF16, or a quantized one that ``gguf`` can make (Q8_0, Q4_0).
     A matrix whose rows are no whole blocks stays F16 then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def _pair_halves(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _rope_divisors(model: ModelConfig) -> np.ndarray:
-    """Llama 3's scaling as divisors of the frequencies: short waves 1, long ones the factor, between them a mixture."""
+    """Llama 3's scaling as divisors: 1 for short waves, the factor for long ones, mixed between."""
     rope, divisors = model.rope, []
     for index in range(model.head_dim // 2):
         turns = rope.original_max_position * rope.theta ** (-2 * index / model.head_dim) / (2 * math.pi)

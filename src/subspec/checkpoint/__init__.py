@@ -1,6 +1,6 @@
 """From model files to named tensors: safetensors directories, GGUF files and hub ids behind one interface.
 
-First station of ``checkpoint → prepare → store``. Yields Hugging Face tensor names, a config in Hugging Face's
+First station of ``checkpoint → prepare → store``. Yields Hugging Face tensor names, a config in the same
 words, and the tokenizer's files. Knows nothing of what the numbers compute, of substitutes or of tiers.
 """
 
@@ -24,7 +24,7 @@ def open_checkpoint(model: str | Path, dtype: torch.dtype | None = None) -> Chec
     """Open a model for reading, header only; close it after use.
 
     Args:
-        model: ``demo``, a directory of safetensors, a ``.gguf`` or ``.safetensors`` file, or a hub id ``org/name``.
+        model: ``demo``, a safetensors directory or file, a ``.gguf`` file, or a hub id ``org/name``.
         dtype: what "exact" means; by default the weights' own precision, bf16 for quantized GGUF types.
 
     Raises:

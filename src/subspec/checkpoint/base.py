@@ -29,7 +29,7 @@ class Checkpoint(ABC):
     name: str
     """Short, of letters, digits, dots, underscores and dashes: for directory names."""
     config: dict[str, Any]
-    """In the words of a Hugging Face ``config.json``, with every end-of-text id that the model's files name."""
+    """In the words of a Hugging Face ``config.json``, with every end-of-text id that its files name."""
     dtype: torch.dtype
     """What :meth:`read` yields: the target's precision."""
     tensors: Mapping[str, tuple[int, ...]]
@@ -40,11 +40,11 @@ class Checkpoint(ABC):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows ``[start, stop)`` of a tensor's first dimension, in ``dtype``; a fresh tensor, on the host.
 
-        Beside the result it holds a few megabytes. The file is read, not mapped, so its pages never count as the
-        process's memory.
+        Beside the result it holds a few megabytes. The file is read, not mapped, so its pages never
+        count as the process's memory.
 
         Raises:
-            ModelError: the file ends too early or cannot be read, or a weight does not fit the chosen ``dtype``.
+            ModelError: the file ends early or cannot be read, or a weight does not fit ``dtype``.
             KeyError: there is no such tensor.
             IndexError: the rows lie outside the tensor.
         """
@@ -75,7 +75,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Which model this is, as JSON, from the files as they are now: sizes, times, hashes of headers and configs.
+        """Which model this is, as JSON, from the files as they are now: sizes, times, hashes of headers.
 
         Cheap, whatever the model's size: no tensor is read.
 
@@ -85,7 +85,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def export_tokenizer(self, directory: Path) -> None:
-        """Write files from which ``transformers.AutoTokenizer`` loads; nothing for a model without a tokenizer.
+        """Write files from which ``transformers.AutoTokenizer`` loads; none if the model has no tokenizer.
 
         Raises:
             ModelError: the tokenizer is of a kind that needs more than the ``tokenizers`` library.

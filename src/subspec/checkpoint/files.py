@@ -1,7 +1,7 @@
 """Bytes of a file at an offset, by plain reads.
 
-Model files are not memory-mapped: mapped pages count as the process's memory (reading a 1 GB shard tensor by tensor
-through ``safetensors`` raises the process's peak by 1 GB), and a file truncated meanwhile would kill the process.
+Model files are not memory-mapped: mapped pages count as the process's memory (reading a 1 GB shard tensor by
+tensor through ``safetensors`` raises the peak by 1 GB), and a file truncated meanwhile kills the process.
 Knows nothing of formats.
 """
 
@@ -40,8 +40,8 @@ class ByteFile:
             except OSError as error:
                 raise ModelError(f"{self.path} cannot be read: {error.strerror}") from error
             if count == 0:
-                end = offset + size
-                raise ModelError(f"{self.path} is truncated: {end} bytes are needed, it has {offset + done}")
+                have = os.fstat(self._descriptor).st_size
+                raise ModelError(f"{self.path} is truncated: {offset + size} bytes are needed, it has {have}")
             done += count
         return result
 

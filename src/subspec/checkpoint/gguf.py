@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint: rows are dequantized when read, and Llama's rows are put back in order.
 
-llama.cpp turns each head's two halves of a Llama Q or K projection into neighbouring pairs; Hugging Face's decoder,
-and ours, want the halves. Knows nothing of which tensors a model needs.
+llama.cpp turns each head's two halves of a Llama Q or K projection into neighbouring pairs; Hugging Face's
+decoder, and ours, want the halves. Knows nothing of which tensors a model needs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _PAIRED = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
 class GgufCheckpoint(Checkpoint):
     """A GGUF file, opened."""
 
-    # NumPy's dequantization is fastest while a chunk stays in the processor's cache.
-    _chunk_elements = 2**17
+    # Stays in the processor's cache, and below the size from which torch's conversion would start threads.
+    _chunk_elements = 2**15
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
         self.path = path.resolve()

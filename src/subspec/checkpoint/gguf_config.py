@@ -79,8 +79,8 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise ModelError(
-            f"this is one of the {metadata['split.count']} parts of a split GGUF file: join them with llama.cpp's "
-            "`llama-gguf-split --merge`"
+            f"this is one of the {metadata['split.count']} parts of a split GGUF file: join them with "
+            "llama.cpp's `llama-gguf-split --merge`"
         )
     if "token_embd.weight" not in tensors:
         raise ModelError("the GGUF file lacks the tensor token_embd.weight: it is no complete model")
@@ -89,23 +89,23 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
     }
     _check_fields(arch, own)
     heads = _per_layer_constant(own, "attention.head_count")
-    hidden = _need(own, "embedding_length")
-    head_dim = own.get("attention.key_length", hidden // heads)
+    hidden = _whole(own, "embedding_length")
+    head_dim = _whole(own, "attention.key_length", hidden // heads)
     _check_head(own, head_dim)
-    window = own.get("attention.sliding_window")
+    context = _whole(own, "context_length")
     config = {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "vocab_size": tensors["token_embd.weight"][0],
         "hidden_size": hidden,
         "intermediate_size": _per_layer_constant(own, "feed_forward_length"),
-        "num_hidden_layers": _need(own, "block_count"),
+        "num_hidden_layers": _whole(own, "block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _per_layer_constant(own, "attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": _need(own, "attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": min(_need(own, "context_length"), window or 2**62),
+        "max_position_embeddings": min(context, _whole(own, "attention.sliding_window", context)),
         "rope_parameters": _rope(own),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -124,7 +124,7 @@ def _check_fields(arch: str, own: Mapping[str, Any]) -> None:
                 )
         elif key not in _UNDERSTOOD and key not in _HARMLESS:
             raise ModelError(
-                f"GGUF field {arch}.{key} = {value} is not understood, so the model might compute something else"
+                f"GGUF field {arch}.{key} = {value} is not understood: the model might compute something else"
             )
 
 
@@ -166,11 +166,20 @@ def _end_tokens(metadata: Mapping[str, Any]) -> list[int] | None:
 
 def _per_layer_constant(own: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A number that may be written once for each layer, but must be the same in all."""
-    value = own.get(key, default)
-    values = set(value) if isinstance(value, list) else {value}
-    if len(values) != 1 or None in values:
-        raise ModelError(f"GGUF field {key} = {value} must be one number, the same in every layer")
-    return int(values.pop())
+    value = own.get(key)
+    if isinstance(value, list) and len(set(value)) == 1:
+        return _whole({key: value[0]}, key)
+    return _whole(own, key, default)
+
+
+def _whole(own: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of at least one."""
+    value = default if own.get(key) is None else own[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(
+            f"GGUF field {key} = {value} must be a whole number of at least 1, the same in every layer"
+        )
+    return value
 
 
 def _need(own: Mapping[str, Any], key: str) -> Any:

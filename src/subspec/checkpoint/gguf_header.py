@@ -1,8 +1,10 @@
 """A GGUF file's header: its metadata and where each tensor lies.
 
-The ``gguf`` package's reader makes a NumPy array of every token in the vocabulary (10 s and 490 MiB for 152,000 of
-them) and maps the file; an engine that opens a model at each start, under a memory promise, needs the header alone.
-Long arrays are passed over. Knows nothing of models. Format: ggml's ``docs/gguf.md``, versions 2 and 3.
+The ``gguf`` package's reader makes a NumPy array of every token in the vocabulary (10 s and 490 MiB for
+152,000 of them) and maps the file; an engine that opens a model at each start and promises its memory needs
+the header alone. Long arrays are passed over. Knows nothing of models.
+
+Source: ggml, ``docs/gguf.md``, versions 2 and 3.
 """
 
 from __future__ import annotations

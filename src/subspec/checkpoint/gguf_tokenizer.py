@@ -1,6 +1,6 @@
 """A GGUF file's tokenizer, converted by ``transformers`` in a process of its own.
 
-The conversion holds a gigabyte for a vocabulary of 152,000; the memory goes back to the system with the process.
+The conversion holds hundreds of megabytes for a vocabulary of 152,000; they go back to the system with it.
 """
 
 from __future__ import annotations

@@ -40,5 +40,5 @@ def fetch_snapshot(model: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{here} it could not be downloaded: {reason}; without a network, give a local directory or a .gguf file"
+            f"{here} it could not be downloaded: {reason}; offline, give a local directory or .gguf file"
         ) from error

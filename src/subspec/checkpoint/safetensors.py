@@ -168,8 +168,8 @@ def _single(directory: Path) -> str:
     other = sorted(path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern))
     if other:
         raise ModelError(
-            f"{directory} holds {other[0]} but no safetensors, the only format read from a directory: convert it "
-            "with transformers' save_pretrained"
+            f"{directory} holds {other[0]} but no safetensors, the only format read from a directory: "
+            "convert it with transformers' save_pretrained"
         )
     raise ModelError(f"{directory} holds no safetensors file")
 

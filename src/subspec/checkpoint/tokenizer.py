@@ -42,8 +42,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         other = [path.name for pattern in _ONLY_WITH_MORE for path in source.glob(pattern)]
         if other:
             raise ModelError(
-                f"{source} has its tokenizer only as {other[0]}, no tokenizer.json: write one with transformers' "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...) where sentencepiece or tiktoken is installed"
+                f"{source} has its tokenizer only as {other[0]}, no tokenizer.json: write one with "
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...), with "
+                "sentencepiece or tiktoken installed"
             )
         return
     try:
