@@ -72,18 +72,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
     Raises:
         ModelError: the architecture, or a field of it, is not understood.
     """
-    arch = str(metadata.get("general.architecture"))
-    if arch not in ARCHITECTURES:
-        raise ModelError(
-            f"GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise ModelError(
-            f"this is one of the {metadata['split.count']} parts of a split GGUF file: join them with "
-            "llama.cpp's `llama-gguf-split --merge`"
-        )
-    if "token_embd.weight" not in tensors:
-        raise ModelError("the GGUF file lacks the tensor token_embd.weight: it is no complete model")
+    arch = _architecture(metadata, tensors)
     own = {
         key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")
     }
@@ -112,6 +101,23 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
         "eos_token_id": _end_tokens(metadata),
     }
     return config | _biases(arch, tensors)
+
+
+def _architecture(metadata: Mapping[str, Any], tensors: Collection[str]) -> str:
+    """The architecture, if it is supported and the file is a whole model."""
+    arch = str(metadata.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        raise ModelError(
+            f"GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ModelError(
+            f"this is one of the {metadata['split.count']} parts of a split GGUF file: join them with "
+            "llama.cpp's `llama-gguf-split --merge`"
+        )
+    if "token_embd.weight" not in tensors:
+        raise ModelError("the GGUF file lacks the tensor token_embd.weight: it is no complete model")
+    return arch
 
 
 def _check_fields(arch: str, own: Mapping[str, Any]) -> None:
