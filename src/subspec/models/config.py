@@ -179,22 +179,7 @@ class ModelConfig:
 
 def _rope(values: Mapping[str, Any], head_dim: int) -> RopeConfig:
     """Rotary settings: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4)."""
-    scaling = {
-        **(values.get("rope_scaling") or {}),
-        **(values.get("rope_parameters") or {}),
-    }
-    unknown = sorted(key for key in scaling if key not in _ROPE_FIELDS)
-    if unknown:
-        raise ModelError(
-            f"rope field {_some(unknown)} is not understood; understood: {', '.join(sorted(_ROPE_FIELDS))}"
-        )
-    if scaling.get("partial_rotary_factor", 1) not in (1, None):
-        raise ModelError(
-            f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not supported; supported: 1"
-        )
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in get_args(RopeKind):
-        raise ModelError(f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeKind))}")
+    scaling, kind = _rope_fields(values)
     theta = _number(scaling if "rope_theta" in scaling else values, "rope_theta", 10000.0)
     divisors = scaling.get("frequency_divisors")
     if divisors is not None and (len(divisors) != head_dim // 2 or kind != "default"):
@@ -217,6 +202,24 @@ def _rope(values: Mapping[str, Any], head_dim: int) -> RopeConfig:
         raise ModelError(f"rope low_freq_factor {low} must be below high_freq_factor {high}")
     original = _count(scaling, "original_max_position_embeddings")
     return RopeConfig(theta, "llama3", _number(scaling, "factor"), low, high, original)
+
+
+def _rope_fields(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The rotary fields of either style, and which kind they mean, if all of it is understood."""
+    scaling = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    unknown = sorted(key for key in scaling if key not in _ROPE_FIELDS)
+    if unknown:
+        raise ModelError(
+            f"rope field {_some(unknown)} is not understood; understood: {', '.join(sorted(_ROPE_FIELDS))}"
+        )
+    if scaling.get("partial_rotary_factor", 1) not in (1, None):
+        raise ModelError(
+            f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not supported; supported: 1"
+        )
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in get_args(RopeKind):
+        raise ModelError(f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeKind))}")
+    return scaling, kind
 
 
 def _check_sizes(model: ModelConfig) -> None:
