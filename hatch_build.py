@@ -9,7 +9,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class KernelBuildHook(BuildHookInterface):
     """Put one shared library per instruction set beside ``subspec/kernels/build.py``."""
 
-    def initialize(self, version, build_data):
+    def initialize(self, _version, build_data):
         """Compile the kernels; a failure is kept in ``build.json`` for ``subspec doctor``."""
         kernels = Path(self.root, "src", "subspec", "kernels")
         outcome = runpy.run_path(str(kernels / "build.py"))["build"]()

@@ -1,10 +1,9 @@
 """The composition root: store, memory, decoder and method meet here, and only here.
 
-Builds everything that a plan names, then offers the two passes that decoding is made of: ``target``, one sweep of the
-exact weights through the slot ring, and ``draft``, one pass over the substitutes.
+Builds everything that a plan names, then offers the two passes that decoding is made of: ``target``, one
+sweep of the exact weights through the slot ring, and ``draft``, one pass over the substitutes.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +54,9 @@ class Engine:
         self._matrices = layer_matrices(self.config, store.dtype.itemsize)
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._arena)
-        self.decoder = Decoder(self.config, [self._norms(index) for index in range(self.config.layers)], self.cache)
+        self.decoder = Decoder(
+            self.config, [self._norms(index) for index in range(self.config.layers)], self.cache
+        )
         slots = [self._arena.bytes("slots", plan.slot_bytes) for _ in range(plan.slots)]
         self.product = self._choose_product(slots)
         self._draft_layers, self._draft_head = self._load_substitutes(progress)
@@ -65,7 +66,7 @@ class Engine:
         if names:
             self._streamer = Streamer([store.unit(name) for name in names], slots)
 
-    # --- the two passes -------------------------------------------------------------------------------------------
+    # --- the two passes ---
 
     def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
         """One sweep: exact logits (T, V), or (1, V) of the last row; keys and values written for all rows.
@@ -76,7 +77,9 @@ class Engine:
         self._sweeps += 1
         if self._streamer is not None:
             self._streamer.rewind()
-        hidden = self.decoder.forward(_Sweep(self), self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
+        hidden = self.decoder.forward(
+            _Sweep(self), self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
+        )
         wanted = self._normed(hidden[-1:] if last_only else hidden)
         logits = torch.empty((wanted.shape[0], self.config.vocab_size), dtype=self.store.dtype)
         for index, chunk in enumerate(self._chunks):
@@ -88,11 +91,13 @@ class Engine:
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
-        hidden = self.decoder.forward(self._draft_layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
+        hidden = self.decoder.forward(
+            self._draft_layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
+        )
         return self._draft_head(self._normed(hidden))
 
     def move(self, sources: list[int], start: int) -> None:
-        """Move cache slots ``sources`` to start, start + 1, …"""
+        """Move cache slots ``sources`` to ``start`` and on."""
         self.cache.move(sources, start)
 
     def counters(self) -> Counters:
@@ -108,7 +113,7 @@ class Engine:
         self.rows.close()
         self.store.close()
 
-    # --- building -------------------------------------------------------------------------------------------------
+    # --- building ---
 
     def _norms(self, index: int) -> LayerNorms:
         """The norm gains of a layer."""
@@ -120,7 +125,7 @@ class Engine:
         )
 
     def _biases(self, index: int) -> list[torch.Tensor | None]:
-        """The bias of each fused matrix of a layer; parts without one count as zero beside parts that have one."""
+        """The bias of each fused matrix of a layer, where it has one."""
         found = []
         for matrix in self._matrices:
             parts = [self._small.get(layer_tensor(index, part, "bias")) for part in matrix.parts]
@@ -138,7 +143,9 @@ class Engine:
     def _load_substitutes(self, progress: Progress | None) -> tuple["_Draft", "_Head"]:
         """Read every substitute into memory."""
         per_layer = page_aligned(sum(tile_bytes(matrix.n, matrix.k) for matrix in self._matrices))
-        memory = self._arena.bytes("substitutes", per_layer * self.config.layers).view(self.config.layers, per_layer)
+        memory = self._arena.bytes("substitutes", per_layer * self.config.layers).view(
+            self.config.layers, per_layer
+        )
         names = [layer_file(index, "substitute") for index in range(self.config.layers)]
         self._load_all("loading substitutes", list(zip(names, memory, strict=True)), progress)
         layers = []
@@ -161,14 +168,16 @@ class Engine:
             tiles[offset : offset + size] = scratch[:size]
         return SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
 
-    def _load_resident(self, progress: Progress | None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    def _load_resident(
+        self, progress: Progress | None
+    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
         """Read the exact images that stay: by layer, and by head chunk."""
         layers, chunks = self.plan.resident_layers, range(self.plan.resident_chunks)
         names = [layer_file(i, "exact") for i in layers] + [head_file(i, "exact") for i in chunks]
         sizes = [self.store.manifest.files[name].n_bytes for name in names]
         if not names:
             return {}, {}
-        memory = list(self._arena.bytes("resident", sum(sizes)).split(sizes + [0])[: len(sizes)])
+        memory = torch.split(self._arena.bytes("resident", sum(sizes)), sizes)
         self._load_all("loading resident layers", list(zip(names, memory, strict=True)), progress)
         return dict(zip(layers, memory, strict=False)), dict(zip(chunks, memory[len(layers) :], strict=True))
 
@@ -179,7 +188,7 @@ class Engine:
                 if progress is not None:
                     progress(task, done, len(jobs))
 
-    # --- one sweep ------------------------------------------------------------------------------------------------
+    # --- one sweep ---
 
     def _acquire(self, resident: torch.Tensor | None) -> torch.Tensor:
         """A unit's bytes: the resident ones, or the next of the stream."""

@@ -78,7 +78,12 @@ class LLM:
         self._turn = 0
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, mode: str | None = None, raw: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        raw: bool = False,
     ) -> Result:
         """The whole answer.
 
@@ -97,11 +102,17 @@ class LLM:
         return last.result
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, mode: str | None = None, raw: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        raw: bool = False,
     ) -> Iterator[Piece]:
         """The answer in pieces, as tokens commit; arguments and errors are ``generate``'s.
 
-        Abandoning the iterator leaves the model usable; a later text on the same model ends an unfinished one.
+        Abandoning the iterator leaves the model usable; a later text on the same model ends an unfinished
+        one.
         """
         params = params or SamplingParams()
         chosen = _checked_mode(mode or self.mode)
@@ -109,9 +120,10 @@ class LLM:
             raise OptionError("stop strings need a tokenizer, and this model has none")
         ids = encode(self.tokenizer, prompt, self.config.vocab_size, raw=raw)
         if len(ids) >= self.plan.context:
+            limit = self.config.max_position
             raise ContextError(
-                f"the prompt has {len(ids)} tokens, the context is {self.plan.context}: shorten it, or raise --context "
-                f"to at least {len(ids) + params.max_new_tokens} (the model's limit is {self.config.max_position})"
+                f"the prompt has {len(ids)} tokens, the context is {self.plan.context}: shorten it, or raise "
+                f"--context to {min(len(ids) + params.max_new_tokens, limit)} (the model's limit is {limit})"
             )
         return self._run(ids, params, chosen)
 
@@ -268,7 +280,10 @@ def _checked_mode(mode: str) -> str:
 
 def _common_prefix(first: list[int], second: list[int]) -> int:
     """How many leading tokens two texts share."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
 
 
 def _count(shape: tuple[int, ...]) -> int:

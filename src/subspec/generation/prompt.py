@@ -60,7 +60,9 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]
     from jinja2 import TemplateError
 
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     except (TemplateError, KeyError, TypeError) as error:
         raise OptionError(f"the model's chat template refuses these messages: {error}") from error
     return list(encoded["input_ids"])

@@ -18,7 +18,8 @@ class Statistics:
         steps: draft–verify–commit rounds.
         sweeps: passes of the exact model, prefill included.
         streamed_bytes: bytes that came over the link while decoding.
-        draft_s: seconds spent drafting; ``verify_s``: in sweeps and walks; ``wait_s``: of those, waiting for the link.
+        draft_s: seconds spent drafting; ``verify_s``: in sweeps and walks; ``wait_s``: of those, waiting
+        for the link.
         accepted: accepted tokens of each step, the bonus token left out.
         drafted: nodes of each step's tree, the root included.
     """
@@ -52,7 +53,8 @@ class Result:
         text: without the stop string that ended it.
         token_ids: generated ids, an end token included.
         prompt_tokens: length of the prompt.
-        finish_reason: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or ``context`` (it is full).
+        finish_reason: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or ``context`` (it is
+        full).
         statistics: how it was made.
     """
 

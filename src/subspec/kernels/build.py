@@ -1,8 +1,8 @@
 """Compile the C++ kernels into one shared library per instruction set.
 
 Runs inside the package's own build (``hatch_build.py`` loads this file by path) and on its own, for an
-install that had no compiler at first: ``python -m subspec.kernels.build``.  Uses the standard library only and
-knows nothing of torch: the kernels have a plain C interface and are called through ``ctypes``.
+install that had no compiler at first: ``python -m subspec.kernels.build``.  Uses the standard library only
+and knows nothing of torch: the kernels have a plain C interface and are called through ``ctypes``.
 
 Every source in ``cpu/`` is compiled once per level of ``LEVELS``; ``native.py`` loads the best library the
 processor supports.  A level that fails to compile is left out and its reason kept in ``build.json``.
@@ -44,7 +44,9 @@ def library_path(level: str) -> Path:
 def compiler() -> str | None:
     """The C++ compiler to use: ``$CXX``, else the first of c++, g++, clang++ on the path."""
     named = os.environ.get("CXX")
-    return next((path for name in (named, "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (named, "c++", "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
 
 
 def build() -> dict[str, str]:
@@ -74,7 +76,16 @@ def _compile(program: str, sources: list[Path], flags: list[str], target: Path) 
     partial = target.with_suffix(f".{os.getpid()}.partial")
     error = ""
     for openmp in (["-fopenmp"], []):
-        command = [program, *COMMON_FLAGS, *STRICT_FLAGS, *openmp, *flags, "-o", str(partial), *map(str, sources)]
+        command = [
+            program,
+            *COMMON_FLAGS,
+            *STRICT_FLAGS,
+            *openmp,
+            *flags,
+            "-o",
+            str(partial),
+            *map(str, sources),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             partial.replace(target)

@@ -1,11 +1,11 @@
 """Load the compiled kernels and say which ones are in use.
 
-The one seam between Python and C++.  Other modules of this room wrap the library's functions for torch tensors;
-the rooms above choose between such a wrapper and their documented reference function once, at start-up.  Knows
-nothing of models, stores or plans.
+The one seam between Python and C++.  Other modules of this room wrap the library's functions for torch
+tensors; the rooms above choose between such a wrapper and their documented reference function once, at
+start-up.  Knows nothing of models, stores or plans.
 
-``SUBSPEC_KERNELS`` forces a level: ``reference`` (no native kernel at all), ``portable``, ``avx2``, ``avx512`` or
-``avx512bf16``.
+``SUBSPEC_KERNELS`` forces a level: ``reference`` (no native kernel at all), ``portable``, ``avx2``,
+``avx512`` or ``avx512bf16``.
 """
 
 import ctypes

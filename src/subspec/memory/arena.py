@@ -1,7 +1,8 @@
 """Page-aligned memory that the engine holds, entered in its budget.
 
-Anonymous mappings: their start is aligned for O_DIRECT, their pages count only once touched, and huge pages keep
-the reads' and products' page walks short.  The returned tensors are views; the mapping lives as long as they do.
+Anonymous mappings: their start is aligned for O_DIRECT, their pages count only once touched, and huge pages
+keep the reads' and products' page walks short.  The returned tensors are views; the mapping lives as long
+as they do.
 """
 
 import mmap

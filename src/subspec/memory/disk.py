@@ -1,8 +1,8 @@
 """Reads that bypass the page cache, and how fast they are.
 
-Streamed weights are read once a sweep, in a cycle longer than any cache: the page cache would only take the memory
-that the budget promised to leave.  Where O_DIRECT is refused (tmpfs, some overlays), reads are buffered and their
-pages dropped at once; ``ImageFile.direct`` tells which.
+Streamed weights are read once a sweep, in a cycle longer than any cache: the page cache would only take the
+memory that the budget promised to leave.  Where O_DIRECT is refused (tmpfs, some overlays), reads are
+buffered and their pages dropped at once; ``ImageFile.direct`` tells which.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ class ImageFile:
         try:
             self._fd, self.direct, self.refusal = _open(path)
         except OSError as error:
-            raise StoreError(f"{path} cannot be opened ({error.strerror}): prepare the model again") from error
+            raise StoreError(
+                f"{path} cannot be opened ({error.strerror}): prepare the model again"
+            ) from error
         self.n_bytes = os.fstat(self._fd).st_size
 
     def read(self, target: memoryview, offset: int) -> None:
@@ -44,10 +46,13 @@ class ImageFile:
             try:
                 count = os.preadv(self._fd, [target[done:]], offset + done)
             except OSError as error:
-                raise StoreError(f"{self.path}: reading at byte {offset + done} failed: {error.strerror}") from error
+                raise StoreError(
+                    f"{self.path}: reading at byte {offset + done} failed: {error.strerror}"
+                ) from error
             if count == 0:
                 raise StoreError(
-                    f"{self.path} ends at byte {offset + done}, {offset + wanted} were expected: prepare the model again"
+                    f"{self.path} ends at byte {offset + done}, {offset + wanted} were expected: "
+                    "prepare the model again"
                 )
             done += count
             if done < wanted:
@@ -103,7 +108,7 @@ def direct_reads(directory: Path) -> tuple[bool, str]:
 
 
 def drop_cached(path: Path) -> None:
-    """Let the page cache forget a file whose pages are clean; a hint, silently ignored where there is none."""
+    """Let the page cache forget a file whose pages are clean; a hint, ignored where there is no cache."""
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -121,7 +126,7 @@ class ReadSpeed:
 
 
 def measure_read(paths: Sequence[Path], threads: int, request_bytes: int, total_bytes: int) -> ReadSpeed:
-    """Read about ``total_bytes`` of ``paths`` (whole requests, cycling) with ``threads`` threads, and time it.
+    """Read about ``total_bytes`` of ``paths`` (whole requests, cycling) with ``threads`` threads, timed.
 
     Raises:
         StoreError: there is nothing to read, or a read fails.
@@ -156,14 +161,18 @@ def measure_read(paths: Sequence[Path], threads: int, request_bytes: int, total_
             file.close()
 
 
-def _requests(files: Sequence[ImageFile], request_bytes: int, total_bytes: int) -> list[tuple[ImageFile, int, int]]:
-    """(file, offset, bytes) of consecutive requests over the files, again from the first until it is enough."""
+def _requests(
+    files: Sequence[ImageFile], request_bytes: int, total_bytes: int
+) -> list[tuple[ImageFile, int, int]]:
+    """(file, offset, bytes) of consecutive requests over the files, cycling until it is enough."""
     one_round = [
         (file, offset, min(request_bytes, file.n_bytes - offset))
         for file in files
         for offset in range(0, file.n_bytes - file.n_bytes % PAGE_BYTES, request_bytes)
     ]
-    one_round = [(file, offset, size - size % PAGE_BYTES) for file, offset, size in one_round if size >= PAGE_BYTES]
+    one_round = [
+        (file, offset, size - size % PAGE_BYTES) for file, offset, size in one_round if size >= PAGE_BYTES
+    ]
     chosen: list[tuple[ImageFile, int, int]] = []
     size_so_far = 0
     while one_round and size_so_far < total_bytes:

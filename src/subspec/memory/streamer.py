@@ -1,8 +1,9 @@
 """The slot ring: brings the units of a sweep into a few fixed slots, in order, ahead of their use.
 
-The units form a cycle: after the last one of a sweep comes the first one of the next, so that the next sweep's first
-units load while the draft runs.  Reader threads fill slot ``i % slots`` with the ``i``-th load as soon as the load
-that held the slot was released.  The consumer calls ``acquire`` and ``release`` once a unit, in order.
+The units form a cycle: after the last one of a sweep comes the first one of the next, so that the next
+sweep's first units load while the draft runs.  Reader threads fill slot ``i % slots`` with the ``i``-th
+load as soon as the load that held the slot was released.  The consumer calls ``acquire`` and ``release``
+once a unit, in order.
 
 Two rules keep it free of races: a reader touches a slot only between its release and its next ``ready``; the
 consumer reads it only between ``acquire`` and ``release``.  Knows nothing of what the bytes mean.

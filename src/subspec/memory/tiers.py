@@ -102,11 +102,13 @@ def peak_memory_bytes() -> int:
 
 
 def memory_limits() -> dict[str, int | None]:
-    """What bounds this process: ``total_bytes``, ``available_bytes``, ``cgroup_limit_bytes`` (None: no limit)."""
+    """What bounds this process, each in bytes or None where there is no limit."""
     meminfo = Path("/proc/meminfo")
     rows = {}
     if meminfo.exists():
-        rows = {line.partition(":")[0]: int(line.split()[1]) * KIB for line in meminfo.read_text().splitlines()}
+        rows = {
+            line.partition(":")[0]: int(line.split()[1]) * KIB for line in meminfo.read_text().splitlines()
+        }
     total, available = rows.get("MemTotal"), rows.get("MemAvailable")
     limit = _cgroup_limit()
     if limit is not None and total is not None and limit >= total:
@@ -115,7 +117,7 @@ def memory_limits() -> dict[str, int | None]:
 
 
 def default_budget() -> int:
-    """The budget of ``--memory auto``: 70 % of what is free, less 600 MiB for the interpreter and its libraries.
+    """The budget of ``--memory auto``: 70 % of what is free, less 600 MiB for interpreter and libraries.
 
     Raises:
         OptionError: the machine does not say how much memory it has.
@@ -123,7 +125,9 @@ def default_budget() -> int:
     limits = memory_limits()
     known = [size for size in (limits["available_bytes"], limits["cgroup_limit_bytes"]) if size is not None]
     if not known:
-        raise OptionError("this system does not say how much memory is free: give --memory, for example --memory 4GiB")
+        raise OptionError(
+            "this system does not say how much memory is free: give --memory, for example --memory 4GiB"
+        )
     return max(int(0.7 * min(known)) - 600 * MIB, 64 * MIB)
 
 
@@ -139,6 +143,8 @@ def _cgroup_limit() -> int | None:
         if "memory" in controllers.split(","):
             found.append(Path("/sys/fs/cgroup/memory" + path, "memory.limit_in_bytes"))
         elif not controllers:
-            found += [Path(root + path, "memory.max") for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")]
+            found += [
+                Path(root + path, "memory.max") for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+            ]
     limits = [text for file in found if file.is_file() and (text := file.read_text().strip()).isdigit()]
     return min(map(int, limits), default=None)

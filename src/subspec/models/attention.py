@@ -1,8 +1,8 @@
 """Position-ordered attention over index lists.
 
-Each query row reduces over its own keys in position order, whatever slots they sit in: first the committed prefix,
-then the row's ancestors in the tree and itself, by depth.  That makes a row's bits independent of the tree around it,
-of where the cache put its nodes, and of the other rows of the call.
+Each query row reduces over its own keys in position order, whatever slots they sit in: first the committed
+prefix, then the row's ancestors in the tree and itself, by depth.  That makes a row's bits independent of
+the tree around it, of where the cache put its nodes, and of the other rows of the call.
 """
 
 import torch
@@ -38,5 +38,7 @@ def attend_reference(
         slots = torch.cat([torch.arange(int(prefix[row])), path])
         keys, values = k[:, slots], v[:, slots]  # (Hkv, n, D)
         one = q[row][None, :, None]  # (1, H, 1, D)
-        out[row] = scaled_dot_product_attention(one, keys[None], values[None], scale=scale, enable_gqa=True)[0, :, 0]
+        out[row] = scaled_dot_product_attention(one, keys[None], values[None], scale=scale, enable_gqa=True)[
+            0, :, 0
+        ]
     return out

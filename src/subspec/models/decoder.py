@@ -1,7 +1,8 @@
 """The one decoder: rows in, hidden states out; target and draft differ only in the products they hand in.
 
-A pass goes layer by layer over all its rows (layer-major), so that a streamed layer is needed once however long the
-prompt is; within a layer, rows go in chunks that bound the workspace.  Knows nothing of where weights come from.
+A pass goes layer by layer over all its rows (layer-major), so that a streamed layer is needed once however
+long the prompt is; within a layer, rows go in chunks that bound the workspace.  Knows nothing of where
+weights come from.
 """
 
 from collections.abc import Callable, Iterator
@@ -83,10 +84,12 @@ class Rows:
 
 
 def prefix_rows(tokens: list[int], start: int) -> Rows:
-    """Rows of a run of tokens at positions and slots start, start + 1, …; each sees what lies before it and itself."""
+    """Rows of a run of tokens at positions and slots from ``start`` on; each sees all before it, and itself."""
     positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
     none = torch.zeros((len(tokens), 0), dtype=torch.int32)
-    return Rows(tokens, positions, positions, positions + 1, none, torch.zeros(len(tokens), dtype=torch.int32))
+    return Rows(
+        tokens, positions, positions, positions + 1, none, torch.zeros(len(tokens), dtype=torch.int32)
+    )
 
 
 class Decoder:
@@ -118,7 +121,10 @@ class Decoder:
         Returns:
             (T, C) hidden states before the final norm: ``hidden`` itself.
         """
-        bounds = [(start, min(start + chunk_rows, len(rows.tokens))) for start in range(0, len(rows.tokens), chunk_rows)]
+        bounds = [
+            (start, min(start + chunk_rows, len(rows.tokens)))
+            for start in range(0, len(rows.tokens), chunk_rows)
+        ]
         chunks = [(hidden[start:stop], rows.chunk(start, stop)) for start, stop in bounds]
         for index, products in enumerate(source.layers()):
             for part, places in chunks:
@@ -131,7 +137,17 @@ class Decoder:
         keys, values = self.cache.layer(index)
         qkv = products.qkv(ops.rms_norm(x, norms.attention, eps))  # (T, (H + 2·Hkv)·D)
         q = ops.rotate_and_store(
-            qkv, self._cos, self._sin, rows.positions, rows.slots, keys, values, self.config.heads, norms.q, norms.k, eps
+            qkv,
+            self._cos,
+            self._sin,
+            rows.positions,
+            rows.slots,
+            keys,
+            values,
+            self.config.heads,
+            norms.q,
+            norms.k,
+            eps,
         )  # (T, H, D)
         mixed = ops.attend(q, keys, values, rows.prefix, rows.paths, rows.path_lens, self._scale)
         x += products.o(mixed.view(x.shape[0], -1))

@@ -1,7 +1,7 @@
 """Keys and values by slot: one allocation, written by layers, rearranged by commits.
 
-Slots 0 … length − 1 hold the committed prefix in position order; the slots after it are scratch for tree nodes.
-Target and draft share the cache: a sweep overwrites the nodes' draft entries with exact ones.
+Slots 0 … length − 1 hold the committed prefix in position order; the slots after it are scratch for tree
+nodes. Target and draft share the cache: a sweep overwrites the nodes' draft entries with exact ones.
 """
 
 import torch

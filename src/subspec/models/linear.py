@@ -1,8 +1,9 @@
 """The exact product, canonical: a row's result must not depend on the other rows of the call.
 
-The native kernel is so by construction.  Torch's product is so only from some number of rows up, or for calls of one
-fixed row count; which, depends on the library build, the processor and the shape.  So the start-up check tries the
-model's own shapes and picks the smallest safe way (docs/method.md); ``subspec doctor`` shows what it found.
+The native kernel is so by construction.  Torch's product is so only from some number of rows up, or for
+calls of one fixed row count; which, depends on the library build, the processor and the shape.  So the
+start-up check tries the model's own shapes and picks the smallest safe way (docs/method.md); ``subspec
+doctor`` shows what it found.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,8 +19,9 @@ from subspec.kernels.native import kernels
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 _LEAST_ROWS = (1, 2, 4, 8, 16)
 _FIXED_ROWS = (16, 32, 64)
-_CHECK_ROWS = 130  # of the long call that the short ones are compared with
-_CHECK_CALLS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129)
+_CHECK_ROWS = 257  # of the long call that the short ones are compared with: more than a prefill chunk
+_CHECK_CALLS = (1, 2, 3, 5, 8, 16, 17, 33, 64, 128, 256)
+_CHECK_BLOCK = 256  # rows of random weights, repeated: what may differ is the path taken, not the values
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,21 @@ class ExactProduct:
         rows = x.shape[0]
         if self.rows_a_call is None:
             return F.linear(_padded(x, self.least_rows), weight, bias)[:rows]
-        tiles = [F.linear(_padded(tile, self.rows_a_call), weight, bias) for tile in x.split(self.rows_a_call)]
+        tiles = [
+            F.linear(_padded(tile, self.rows_a_call), weight, bias)
+            for tile in torch.split(x, self.rows_a_call)
+        ]
         return torch.cat(tiles)[:rows] if len(tiles) > 1 else tiles[0][:rows]
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """x with zero rows added up to ``rows``."""
+    """X with zero rows added up to ``rows``."""
     return x if x.shape[0] >= rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
 
 
-def choose_product(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, scratch: torch.Tensor) -> ExactProduct:
+def choose_product(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, scratch: torch.Tensor
+) -> ExactProduct:
     """The first way that is row-invariant on every shape, fastest first.
 
     Args:
@@ -72,25 +79,37 @@ def choose_product(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, scratc
         if all(row_invariant(way, shape, dtype, scratch) for shape in distinct):
             return way
     raise ModelError(
-        f"no exact product is row-invariant in {dtype} on this processor with torch {torch.__version__} (tried "
-        f"{', '.join(way.name for way in ways)}): install a C++ compiler and run: python -m subspec.kernels.build"
+        f"no exact product is row-invariant in {dtype} on this processor with torch {torch.__version__} "
+        f"(tried {', '.join(way.name for way in ways)}): install a C++ compiler and run: "
+        "python -m subspec.kernels.build"
     )
 
 
-def row_invariant(way: ExactProduct, shape: tuple[int, int], dtype: torch.dtype, scratch: torch.Tensor) -> bool:
+def row_invariant(
+    way: ExactProduct, shape: tuple[int, int], dtype: torch.dtype, scratch: torch.Tensor
+) -> bool:
     """Whether calls of many row counts, at shifted places, give the bits of one long call.
 
-    Weights are random in ``scratch`` (N and K as given).  A finding on this build, processor and thread count.
+    Every sum cancels: the second half of each row and weight is the first half in another order, one of them
+    negated.  What is left is rounding alone, so that any other order of summation shows in nearly every
+    result; of ordinary sums in bf16, one in a thousand would.  A finding on this build, processor and
+    thread count.
     """
     n, k = shape
     generator = torch.Generator().manual_seed(0)
+    half = torch.randperm(k // 2, generator=generator)
+
+    def mirrored(rows: int, sign: float) -> torch.Tensor:
+        first = torch.randn((rows, k - k // 2), generator=generator)
+        return torch.cat([first, sign * first[:, half]], dim=1).to(dtype)
+
     weight = scratch[: n * k * dtype.itemsize].view(dtype).view(n, k)
-    for block in weight.split(1024):
-        block.copy_(torch.randn(block.shape, generator=generator) * 0.05)
-    x = torch.randn((_CHECK_ROWS, k), generator=generator).to(dtype)
+    block, x = mirrored(min(n, _CHECK_BLOCK), 1.0), mirrored(_CHECK_ROWS, -1.0)
+    for part in torch.split(weight, len(block)):
+        part.copy_(block[: len(part)])
     whole = way(x, weight, None)
     for rows in _CHECK_CALLS:
-        start = rows % (_CHECK_ROWS - rows + 1)
+        start = (3 * rows) % (_CHECK_ROWS - rows + 1)
         if not torch.equal(way(x[start : start + rows], weight, None), whole[start : start + rows]):
             return False
     return True

@@ -10,8 +10,8 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
         gate_up: (T, 2F): the gate's F columns, then the up projection's.
 
     Returns:
-        (T, F) in the input's dtype: computed in fp32, rounded once.  Row by row: torch's exponential takes another
-        path in a vector's tail, so that its bits depend on how many elements are in the call.
+        (T, F) in the input's dtype: computed in fp32, rounded once.  Row by row: torch's exponential takes
+        another path in a vector's tail, so that its bits depend on how many elements are in the call.
     """
     rows = []
     for row in gate_up:

@@ -4,7 +4,7 @@ import torch
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x · rsqrt(mean(x²) + eps) · weight over the last dimension.
+    """X · rsqrt(mean(x²) + eps) · weight over the last dimension.
 
     Args:
         x: (..., C).

@@ -28,5 +28,7 @@ class Operations:
 def operations() -> Operations:
     """The native operations where a library is loaded, else the references."""
     if kernels().library is None:
-        return Operations(attend_reference, rms_norm_reference, silu_mul_reference, rotate_and_store_reference)
+        return Operations(
+            attend_reference, rms_norm_reference, silu_mul_reference, rotate_and_store_reference
+        )
     return Operations(exact.attend, exact.rms_norm, exact.silu_mul, exact.rotate_and_store)

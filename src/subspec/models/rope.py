@@ -12,8 +12,8 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[torch.
     """Cosines and sines for positions 0 … positions − 1.
 
     Returns:
-        Two fp32 tensors (positions, D/2), computed in fp64.  Source: Su et al. 2021; the llama3 kind: the Llama 3.1
-        model card's wavelength-dependent scaling.
+        Two fp32 tensors (positions, D/2), computed in fp64.  Source: Su et al. 2021; the llama3 kind: the
+        Llama 3.1 model card's wavelength-dependent scaling.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = scale_frequencies(rope, 1.0 / rope.theta**exponents)  # (D/2,)
@@ -71,7 +71,7 @@ def rotate_and_store_reference(
         (T, H, D): the rotated queries.  Rotation is in fp32 with one rounding.
     """
     kv_heads, _, head_dim = k_cache.shape
-    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(qkv.view(qkv.shape[0], -1, head_dim), [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
     rows = positions.long()

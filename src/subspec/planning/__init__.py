@@ -1,1 +1,1 @@
-"""The ARITHMETIC: what goes where for a memory budget, in numbers that are printed before anything is built."""
+"""The ARITHMETIC: what goes where for a memory budget, in numbers, before anything is built."""

@@ -1,7 +1,7 @@
 """Choose what a memory budget is spent on, and explain it.
 
-The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and two slots.  What is left
-keeps layers resident, spread evenly over the model, then chunks of the output head.
+The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and two slots.
+What is left keeps layers resident, spread evenly over the model, then chunks of the output head.
 """
 
 from dataclasses import asdict, dataclass
@@ -95,12 +95,19 @@ class Plan:
     def explain(self) -> str:
         """The plan in a few lines for people."""
         lines = [f"budget {format_size(self.budget_bytes)}, of which {format_size(self.held_bytes)} is used:"]
-        lines += [f"  {name.replace('_', ' '):<18} {format_size(size):>11}" for name, size in self.parts.items() if size]
+        lines += [
+            f"  {name.replace('_', ' '):<18} {format_size(size):>11}"
+            for name, size in self.parts.items()
+            if size
+        ]
         lines.append(
-            f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks; streamed a sweep: "
-            f"{format_size(self.streamed_bytes)} through {self.slots} slots"
+            f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks; "
+            f"streamed a sweep: {format_size(self.streamed_bytes)} through {self.slots} slots"
         )
-        lines.append(f"context {self.context}; tree: depth {self.depth}, width {self.width}, {self.nodes} nodes verified")
+        lines.append(
+            f"context {self.context}; tree: depth {self.depth}, width {self.width}, "
+            f"{self.nodes} nodes verified"
+        )
         return "\n".join(lines)
 
 
@@ -159,7 +166,9 @@ def _wishes(config: ModelConfig, request: Request) -> dict[str, Any]:
     width = DEFAULT_WIDTH if request.width is None else request.width
     nodes = min(DEFAULT_NODES, 1 + depth * width) if request.nodes is None else request.nodes
     rows = request.prefill_rows or PREFILL_ROWS
-    temperature = DEFAULT_DRAFT_TEMPERATURE if request.draft_temperature is None else request.draft_temperature
+    temperature = (
+        DEFAULT_DRAFT_TEMPERATURE if request.draft_temperature is None else request.draft_temperature
+    )
     checks = [(context, "--context", 2), (depth, "--depth", 1), (width, "--width", 1), (nodes, "--nodes", 2)]
     for value, name, least in [*checks, (rows, "prefill chunk", 1)]:
         if value < least:
@@ -176,7 +185,9 @@ def _wishes(config: ModelConfig, request: Request) -> dict[str, Any]:
     }
 
 
-def _fixed_parts(config: ModelConfig, itemsize: int, small_bytes: int, wishes: dict[str, Any]) -> dict[str, int]:
+def _fixed_parts(
+    config: ModelConfig, itemsize: int, small_bytes: int, wishes: dict[str, Any]
+) -> dict[str, int]:
     """What every run holds, whatever stays resident."""
     scratch = 1 + wishes["depth"] * wishes["width"]
     cache_slots = wishes["context"] + scratch
@@ -184,7 +195,9 @@ def _fixed_parts(config: ModelConfig, itemsize: int, small_bytes: int, wishes: d
     return {
         "substitutes": substitutes + page_aligned(tile_bytes(config.vocab_size, config.hidden_size)),
         "norms_biases": small_bytes,
-        "kv_cache": page_aligned(2 * config.layers * config.kv_heads * cache_slots * config.head_dim * itemsize),
+        "kv_cache": page_aligned(
+            2 * config.layers * config.kv_heads * cache_slots * config.head_dim * itemsize
+        ),
         "embedding_cache": page_aligned(_cache_rows(config, itemsize) * config.hidden_size * itemsize),
         "workspace": _workspace(config, itemsize, wishes, cache_slots),
     }
@@ -205,7 +218,7 @@ def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], cache
     logits = (wishes["nodes"] + 2 * wishes["width"]) * config.vocab_size * itemsize
     sampling = config.vocab_size * ((wishes["depth"] + 1) * NOISE_BYTES + SAMPLING_BYTES)
     tables = cache_slots * config.head_dim * 4
-    return activations + prompt + logits + sampling + tables
+    return int(activations + prompt + logits + sampling + tables)
 
 
 def _too_small(budget_bytes: int, parts: dict[str, int]) -> BudgetError:
@@ -213,6 +226,6 @@ def _too_small(budget_bytes: int, parts: dict[str, int]) -> BudgetError:
     needs = ", ".join(f"{name.replace('_', ' ')} {format_size(size)}" for name, size in parts.items() if size)
     minimum = -(-sum(parts.values()) // MIB)
     return BudgetError(
-        f"the minimum is {minimum}MiB ({needs}); the budget is {format_size(budget_bytes)}: raise --memory to at least "
-        f"{minimum}MiB, or lower --context"
+        f"the minimum is {minimum}MiB ({needs}); the budget is {format_size(budget_bytes)}: raise --memory "
+        f"to at least {minimum}MiB, or lower --context"
     )

@@ -29,7 +29,7 @@ class Passes(Protocol):
         ...
 
     def move(self, sources: list[int], start: int) -> None:
-        """Move cache slots ``sources`` to start, start + 1, …"""
+        """Move cache slots ``sources`` to ``start`` and on."""
         ...
 
 
@@ -73,8 +73,8 @@ def decode(
         max_new_tokens: where to stop; end tokens are the caller's business.
 
     Yields:
-        One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the cache
-        holds the prompt and every committed token but the last.
+        One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the
+        cache holds the prompt and every committed token but the last.
     """
     start = time.perf_counter()
     logits = passes.target(prefix_rows(prompt[cached:], cached), last_only=True)

@@ -35,9 +35,10 @@ class TreeShape:
 def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) -> None:
     """Add up to ``shape.depth`` levels below the tree's root.
 
-    Each level forwards the last level's nodes and keeps the ``width`` best-scored of their guesses.  A node's score
-    is the sum of its guesses' log probabilities on the way from the root.
-    Source: SubSpec (Chang et al. 2025, arXiv 2509.18344), section 4; EAGLE-2 (Li et al. 2024) for the dynamic tree.
+    Each level forwards the last level's nodes and keeps the ``width`` best-scored of their guesses.  A
+    node's score is the sum of its guesses' log probabilities on the way from the root.
+    Source: SubSpec (Chang et al. 2025, arXiv 2509.18344), section 4; EAGLE-2 (Li et al. 2024) for the
+        dynamic tree.
 
     Args:
         tree: a rooted tree; nodes are added.

@@ -1,9 +1,10 @@
 """From logits to tokens: filters, and noise keyed by position.
 
 A token is argmax(log p / T + Gumbel(seed, position)) after penalty, temperature, top-k, top-p and min-p, in
-transformers' order.  The noise depends on seed and position alone, so that a token depends on its logits and its
-context, not on when, in which tree, or beside which rows it was computed; greedy decoding is the noiseless case.
-The draft ranks its guesses under the same noise.  Source: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
+transformers' order.  The noise depends on seed and position alone, so that a token depends on its logits
+and its context, not on when, in which tree, or beside which rows it was computed; greedy decoding is the
+noiseless case. The draft ranks its guesses under the same noise.  Source: the Gumbel-max trick (Gumbel
+1954; Maddison et al. 2014).
 """
 
 from collections.abc import Sequence
@@ -46,17 +47,28 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        checks = [
+        drawing, temperature = self.do_sample, self.temperature
+        checks: list[tuple[bool, str, object, str]] = [
             (self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
-            (self.temperature is None or 0 <= self.temperature < float("inf"), "temperature", self.temperature, ">= 0"),
+            (temperature is None or 0 <= temperature < float("inf"), "temperature", temperature, "0 or more"),
             (self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"),
             (0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]"),
             (0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]"),
-            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "> 0"),
+            (
+                0 < self.repetition_penalty < float("inf"),
+                "repetition_penalty",
+                self.repetition_penalty,
+                "above 0",
+            ),
             (0 <= self.seed < 1 << 64, "seed", self.seed, "between 0 and 2^64 - 1"),
-            (not isinstance(self.stop, str) and all(self.stop), "stop", self.stop, "a tuple of non-empty strings"),
-            (not (self.do_sample and self.temperature == 0), "temperature", 0, "> 0 with do_sample=True"),
-            (not (self.do_sample is False and self.temperature), "temperature", self.temperature, "0 or None with do_sample=False"),
+            (type(self.stop) is tuple and all(self.stop), "stop", self.stop, "a tuple of non-empty strings"),
+            (not (drawing and temperature == 0), "temperature", temperature, "above 0 with do_sample=True"),
+            (
+                not (drawing is False and temperature),
+                "temperature",
+                temperature,
+                "0 or None with do_sample=False",
+            ),
         ]
         for good, name, value, needed in checks:
             if not good:
@@ -84,7 +96,11 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, context: Sequence[int], draft_temperature: float = 1.0, candidates: int = 64
+        self,
+        params: SamplingParams,
+        context: Sequence[int],
+        draft_temperature: float = 1.0,
+        candidates: int = 64,
     ) -> None:
         self.params = params
         self._draft_temperature = draft_temperature
@@ -126,7 +142,8 @@ class Sampler:
             width: guesses a row.
 
         Returns:
-            For each row up to ``width`` tokens, best first, and the log of the probability that the target takes
+            For each row up to ``width`` tokens, best first, and the log of the probability that the target
+            takes
             each: a softmax of perturbed scores over the ranked candidates.
         """
         if not self.params.samples:
@@ -151,7 +168,9 @@ class Sampler:
         if self.params.repetition_penalty != 1.0:
             rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
             logits = torch.stack(rows)
-        values, indices = logits.topk(min(max(width, 8), logits.shape[-1]), dim=-1)  # the tail's mass is negligible
+        values, indices = logits.topk(
+            min(max(width, 8), logits.shape[-1]), dim=-1
+        )  # the tail's mass is negligible
         logs = torch.log_softmax(values.float() / self._draft_temperature, dim=-1)
         return indices[:, :width].tolist(), logs[:, :width].tolist()
 
@@ -196,7 +215,9 @@ def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch
     return row, tokens
 
 
-def _nucleus(row: torch.Tensor, tokens: torch.Tensor | None, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _nucleus(
+    row: torch.Tensor, tokens: torch.Tensor | None, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The likeliest logits that together hold ``top_p`` of the probability: at least one.
 
     Looks at the likeliest ``NUCLEUS_GUESS`` first, and sorts everything only if they do not hold enough.

@@ -1,7 +1,7 @@
 """The draft tree as flat arrays: node 0 is the root, parents come before their children.
 
-The root is the last committed token.  Node i's keys and values go to slot ``base + i``, where ``base`` is the length
-of the committed prefix (the root's own position).
+The root is the last committed token.  Node i's keys and values go to slot ``base + i``, where ``base`` is
+the length of the committed prefix (the root's own position).
 """
 
 from dataclasses import dataclass, field
@@ -61,7 +61,10 @@ class DraftTree:
         """What a pass over ``nodes`` computes: each sees the prefix, then its ancestors and itself."""
         lengths = [len(self.paths[node]) for node in nodes]
         longest = max(lengths)
-        slots = [[self.base + i for i in self.paths[node]] + [0] * (longest - len(self.paths[node])) for node in nodes]
+        slots = [
+            [self.base + i for i in self.paths[node]] + [0] * (longest - len(self.paths[node]))
+            for node in nodes
+        ]
         return Rows(
             tokens=[self.tokens[node] for node in nodes],
             positions=torch.tensor([self.base + self.depths[node] for node in nodes], dtype=torch.int32),
@@ -80,9 +83,10 @@ class DraftTree:
         return found
 
     def best(self, count: int) -> list[int]:
-        """The root and the ``count`` − 1 best-scored other nodes, in order; a node's parent is always among them.
+        """The root and the ``count`` − 1 best-scored other nodes, in order, each after its parent.
 
-        A child never scores above its parent, so the best nodes are closed under parents; ties go to the older node.
+        A child never scores above its parent, so the best nodes are closed under parents; ties go to the
+        older node.
         """
         ranked = sorted(range(len(self)), key=lambda node: (-self.scores[node], node))
         return sorted(ranked[:count])

@@ -22,7 +22,10 @@ class Walk:
 
 
 def walk(
-    tree: DraftTree, nodes: list[int], logits: torch.Tensor, choose: Callable[[torch.Tensor, int, list[int]], int]
+    tree: DraftTree,
+    nodes: list[int],
+    logits: torch.Tensor,
+    choose: Callable[[torch.Tensor, int, list[int]], int],
 ) -> Walk:
     """From the root, take the target's own next token; while a verified child carries it, descend.
 
@@ -36,7 +39,8 @@ def walk(
     """
     row_of = {node: row for row, node in enumerate(nodes)}
     children = tree.children(nodes)
-    path, tokens = [nodes[0]], []
+    path = [nodes[0]]
+    tokens: list[int] = []
     while True:
         node = path[-1]
         token = choose(logits[row_of[node]], tree.base + tree.depths[node] + 1, tokens)

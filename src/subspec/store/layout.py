@@ -1,8 +1,8 @@
 """What lies where in a store's files: pure arithmetic on a ``ModelConfig``.
 
-A layer is four fused matrices, one after another: ``qkv`` (query, key and value rows), ``o``, ``gate_up`` (gate rows,
-then up rows) and ``down``.  The output head is cut into chunks of whole rows, each about as large as a layer at most,
-so that it streams through the same slots.  Files are padded to whole 4 KiB pages:
+A layer is four fused matrices, one after another: ``qkv`` (query, key and value rows), ``o``, ``gate_up``
+(gate rows, then up rows) and ``down``.  The output head is cut into chunks of whole rows, each about as
+large as a layer at most, so that it streams through the same slots.  Files are padded to whole 4 KiB pages:
 
 | file | holds |
 |---|---|
@@ -27,7 +27,7 @@ ROW_BLOCK = 16  # chunks hold a multiple of this many rows, the tiles' height
 
 @dataclass(frozen=True)
 class Matrix:
-    """One fused matrix (N, K) of a layer: its checkpoint parts, top to bottom, and where its two forms start."""
+    """One fused matrix (N, K) of a layer: its parts, top to bottom, and where its two forms start."""
 
     name: str
     parts: tuple[str, ...]

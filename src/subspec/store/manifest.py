@@ -68,15 +68,17 @@ class Manifest:
         try:
             data = json.loads(path.read_text())
         except OSError as error:
-            raise StoreError(f"{directory} holds no prepared model ({error.strerror}: {FILE_NAME})") from error
+            raise StoreError(
+                f"{directory} holds no prepared model ({error.strerror}: {FILE_NAME})"
+            ) from error
         except ValueError as error:
             raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{path} is not a manifest of a subspec store")
         if (data.get("version"), data.get("codec")) != (VERSION, CODEC):
             raise StoreError(
-                f"{directory} has format version {data.get('version')}, codec {data.get('codec')!r}; this subspec reads "
-                f"version {VERSION}, codec {CODEC!r}: prepare the model again"
+                f"{directory} has format version {data.get('version')}, codec {data.get('codec')!r}; this "
+                f"subspec reads version {VERSION}, codec {CODEC!r}: prepare the model again"
             )
         try:
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}

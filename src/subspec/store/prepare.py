@@ -1,8 +1,8 @@
 """Checkpoint → store: exact images and substitutes, file by file.
 
-Reads the checkpoint a matrix at a time, so that peak memory follows the largest matrix, not the model.  Every finished
-file is on disk before it is noted in ``progress.json``; a killed run goes on after the last noted file.  The manifest
-comes last: a directory without one is never used.
+Reads the checkpoint a matrix at a time, so that peak memory follows the largest matrix, not the model.
+Every finished file is on disk before it is noted in ``progress.json``; a killed run goes on after the last
+noted file.  The manifest comes last: a directory without one is never used.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ PROGRESS_FILE = "progress.json"
 
 
 def cache_directory() -> Path:
-    """Where stores and fetched models lie by default: ``$XDG_CACHE_HOME/subspec``, else ``~/.cache/subspec``."""
+    """Where stores lie by default: ``$XDG_CACHE_HOME/subspec``, else ``~/.cache/subspec``."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "subspec"
 
@@ -83,9 +83,13 @@ def _check_store(directory: Path, dtype: str | None, rebuild: bool) -> Path:
     found = Manifest.read(directory)
     found.check_sizes(directory)
     if rebuild:
-        raise OptionError(f"{directory} is a store: to rebuild it, name the checkpoint and --store {directory}")
+        raise OptionError(
+            f"{directory} is a store: to rebuild it, name the checkpoint and --store {directory}"
+        )
     if dtype not in (None, found.dtype):
-        raise OptionError(f"{directory} was prepared in {found.dtype}: prepare the checkpoint again with --dtype {dtype}")
+        raise OptionError(
+            f"{directory} was prepared in {found.dtype}: prepare the checkpoint again with --dtype {dtype}"
+        )
     return directory
 
 
@@ -103,7 +107,9 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StoreError(f"another process is preparing {directory}: wait for it, then try again") from error
+            raise StoreError(
+                f"another process is preparing {directory}: wait for it, then try again"
+            ) from error
         yield
 
 
@@ -113,7 +119,12 @@ def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
     Raises:
         StoreError: it holds a store of another model, or files that are not a store's.
     """
-    foreign = {path.name for path in directory.iterdir()} - {".lock", PROGRESS_FILE, manifests.FILE_NAME, "tokenizer"}
+    foreign = {path.name for path in directory.iterdir()} - {
+        ".lock",
+        PROGRESS_FILE,
+        manifests.FILE_NAME,
+        "tokenizer",
+    }
     if not is_store(directory):
         if not (directory / PROGRESS_FILE).exists() and foreign:
             raise StoreError(f"{directory} is not empty and holds no store: choose another --store")
@@ -125,8 +136,8 @@ def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
         return False
     if found.source.get("path") != checkpoint.identity().get("path"):
         raise StoreError(
-            f"{directory} holds {found.name}, prepared from {found.source.get('path')}: choose another --store, "
-            "or delete it"
+            f"{directory} holds {found.name}, prepared from {found.source.get('path')}: choose another "
+            "--store, or delete it"
         )
     return found.source == checkpoint.identity() and found.torch_dtype == checkpoint.dtype
 
@@ -143,7 +154,9 @@ def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progres
     done = _finished_files(directory, key)
     if not done:
         _clear(directory)
-    _check_space(directory, config, checkpoint.dtype.itemsize, sum(record.n_bytes for record in done.values()))
+    _check_space(
+        directory, config, checkpoint.dtype.itemsize, sum(record.n_bytes for record in done.values())
+    )
 
     def note(name: str, record: FileRecord) -> None:
         done[name] = record
@@ -156,7 +169,11 @@ def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progres
             for name, record in task.run().items():
                 note(name, record)
         if progress is not None:
-            progress("preparing", sum(record.n_bytes for record in done.values()), store_bytes(config, checkpoint.dtype.itemsize))
+            progress(
+                "preparing",
+                sum(record.n_bytes for record in done.values()),
+                store_bytes(config, checkpoint.dtype.itemsize),
+            )
     Manifest(checkpoint.name, dtype_name, checkpoint.config, checkpoint.identity(), done).write(directory)
     (directory / PROGRESS_FILE).unlink(missing_ok=True)
 
@@ -190,7 +207,9 @@ def store_bytes(config: ModelConfig, itemsize: int) -> int:
     total = config.layers * (page_aligned(exact) + page_aligned(substitute))
     for chunk in head_chunks(config, itemsize):
         rows = chunk.stop - chunk.start
-        total += page_aligned(rows * config.hidden_size * itemsize) + page_aligned(tile_bytes(rows, config.hidden_size))
+        total += page_aligned(rows * config.hidden_size * itemsize) + page_aligned(
+            tile_bytes(rows, config.hidden_size)
+        )
     if not config.tied_embeddings:
         total += page_aligned(config.vocab_size * config.hidden_size * itemsize)
     return total

@@ -88,6 +88,6 @@ class Store:
         found, expected = zlib.crc32(content), self.manifest.files[name].crc32
         if found != expected:
             raise StoreError(
-                f"{self.directory / name} is damaged: its CRC-32 is {found:08x}, the manifest says {expected:08x}; "
-                "prepare the model again with: subspec prepare --rebuild"
+                f"{self.directory / name} is damaged: its CRC-32 is {found:08x}, the manifest says "
+                f"{expected:08x}; prepare the model again with: subspec prepare --rebuild"
             )

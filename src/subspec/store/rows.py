@@ -1,7 +1,7 @@
 """Embedding rows, read when a token first needs them, with a bounded cache.
 
-A pass needs a few rows of a table that may be the largest tensor of the model: each costs one or two pages of disk.
-Every row is checked against its own checksum.
+A pass needs a few rows of a table that may be the largest tensor of the model: each costs one or two pages
+of disk. Every row is checked against its own checksum.
 """
 
 import zlib
@@ -68,7 +68,10 @@ class EmbeddingRows:
         if len(wanted) == 1:
             self._read_into(out, missing, wanted, 0)
         elif wanted:
-            jobs = [self._pool.submit(self._read_into, out, missing, wanted[n::READERS], n) for n in range(READERS)]
+            jobs = [
+                self._pool.submit(self._read_into, out, missing, wanted[n::READERS], n)
+                for n in range(READERS)
+            ]
             for job in jobs:
                 job.result()
         for token in wanted:
@@ -79,7 +82,9 @@ class EmbeddingRows:
         """Stop the readers."""
         self._pool.shutdown()
 
-    def _read_into(self, out: torch.Tensor, places: dict[int, list[int]], tokens: list[int], reader: int) -> None:
+    def _read_into(
+        self, out: torch.Tensor, places: dict[int, list[int]], tokens: list[int], reader: int
+    ) -> None:
         """Read some tokens' rows with one reader's buffer."""
         buffer = self._buffers[reader]
         for token in tokens:
@@ -96,8 +101,8 @@ class EmbeddingRows:
         content = buffer[offset - first : offset - first + self._row_bytes]
         if zlib.crc32(writable(content)) != int(self._checksums[token]):
             raise StoreError(
-                f"{file.path} is damaged: the embedding of token {token} has a wrong CRC-32; prepare the model again "
-                "with: subspec prepare --rebuild"
+                f"{file.path} is damaged: the embedding of token {token} has a wrong CRC-32; prepare the "
+                "model again with: subspec prepare --rebuild"
             )
         return content.view(self._dtype)
 

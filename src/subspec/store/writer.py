@@ -54,7 +54,10 @@ class StoreWriter:
 
     def _layer(self, index: int) -> dict[str, FileRecord]:
         """Both forms of a layer."""
-        exact_name, substitute_name = layout.layer_file(index, "exact"), layout.layer_file(index, "substitute")
+        exact_name, substitute_name = (
+            layout.layer_file(index, "exact"),
+            layout.layer_file(index, "substitute"),
+        )
         tiles: list[torch.Tensor] = []
 
         def matrices() -> Iterator[torch.Tensor]:
@@ -86,13 +89,17 @@ class StoreWriter:
 
     def _small(self) -> dict[str, FileRecord]:
         """Norms and biases by their checkpoint names, and the embedding rows' checksums."""
-        tensors = {
-            name: self.checkpoint.read(name).contiguous() for name, shape in self.config.tensors().items() if len(shape) == 1
-        }
-        sums = [zlib.crc32(row) for rows in self._embedding_rows() for row in _bytes(rows).reshape(len(rows), -1)]
+        vectors = [name for name, shape in self.config.tensors().items() if len(shape) == 1]
+        tensors = {name: self.checkpoint.read(name).contiguous() for name in vectors}
+        sums = [
+            zlib.crc32(row.data)
+            for rows in self._embedding_rows()
+            for row in _bytes(rows).reshape(len(rows), -1)
+        ]
         tensors["embedding.crc32"] = torch.tensor(sums, dtype=torch.int64)
         content = np.frombuffer(bytearray(save(tensors)), dtype=np.uint8)
-        return {"small.safetensors": self._write("small.safetensors", [torch.from_numpy(content)], padded=False)}
+        name = "small.safetensors"
+        return {name: self._write(name, [torch.from_numpy(content)], padded=False)}
 
     def _tokenizer(self) -> dict[str, FileRecord]:
         """The tokenizer's files; a checkpoint may have none."""
@@ -100,13 +107,11 @@ class StoreWriter:
         place.mkdir(exist_ok=True)
         self.checkpoint.export_tokenizer(place)
         paths = sorted(path for path in place.rglob("*") if path.is_file())
-        return {
-            str(path.relative_to(self.directory)): FileRecord(path.stat().st_size, zlib.crc32(path.read_bytes()))
-            for path in paths
-        }
+        contents = {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
+        return {name: FileRecord(len(content), zlib.crc32(content)) for name, content in contents.items()}
 
     def _write(self, name: str, tensors: Iterable[torch.Tensor], *, padded: bool = True) -> FileRecord:
-        """Write tensors one after another, padded to whole pages; on disk, under its name, when this returns."""
+        """Write tensors one after another, padded to whole pages; when this returns they are on disk."""
         path = self.directory / name
         partial = path.with_name(name + ".partial")
         crc32 = n_bytes = 0
@@ -114,7 +119,7 @@ class StoreWriter:
             for tensor in tensors:
                 content = _bytes(tensor)
                 file.write(content.data)
-                crc32, n_bytes = zlib.crc32(content, crc32), n_bytes + content.size
+                crc32, n_bytes = zlib.crc32(content.data, crc32), n_bytes + content.size
             padding = bytes(page_aligned(n_bytes) - n_bytes if padded else 0)
             file.write(padding)
             crc32, n_bytes = zlib.crc32(padding, crc32), n_bytes + len(padding)
