@@ -21,14 +21,18 @@ INT_VIEW = {
 }
 
 
-@pytest.fixture(params=[*build.levels()], autouse=True)
+@pytest.fixture(params=[*build.levels(), "avx512bf16 paired"], autouse=True)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs each test once for every level that this machine can load."""
-    library, reason = native._load(request.param)
+    """Runs each test once for every level that this machine can load, and both ways of bf16 products."""
+    name, _, paired = str(request.param).partition(" ")
+    library, reason = native._load(name) if name in build.levels() else (None, "of another processor family")
     if library is None:
         pytest.skip(reason)
-    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(request.param, library, {}))
-    return str(request.param)
+    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, library, {}))
+    monkeypatch.setattr(exact, "_pairs", lambda _: int(bool(paired)))
+    if paired and "linear" not in request.node.name and "rounding" not in request.node.name:
+        pytest.skip("only products have two ways")
+    return name
 
 
 @pytest.fixture(autouse=True)
@@ -203,11 +207,12 @@ def test_attend_does_not_depend_on_slots(dtype: torch.dtype, heads: int, kv_head
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attend_rows_are_pure(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dim", [24, 64, 128])
+def test_attend_rows_are_pure(dtype: torch.dtype, dim: int) -> None:
     """Any batch, order, chunk or thread count gives the bits of the row alone."""
-    H, Hkv, D, S = 6, 2, 32, 180
-    k, v = cache_of(Hkv, S, D, dtype)
-    q = torch.randn(100, H, D).to(dtype)
+    S = 180
+    k, v = cache_of(2, S, dim, dtype)
+    q = torch.randn(100, 6, dim).to(dtype)
     prefix = torch.randint(0, 140, (100,), dtype=torch.int32)
     prefix[:50] = torch.arange(50) + 60  # as in prefill
     paths = torch.randint(140, S, (100, 9), dtype=torch.int32)

@@ -21,7 +21,8 @@ from subspec.kernels import native
 MAX_HEAD_DIM = 512
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "subspec_linear": ([_I, _P, _P, _P, _P, _N, _N, _N, _I], _I),
+    "subspec_pairs": ([], _I),
+    "subspec_linear": ([_I, _I, _P, _P, _P, _P, _N, _N, _N, _I], _I),
     "subspec_attend": ([_I, *[_P] * 7, *[_N] * 7, _F, _I], _I),
     "subspec_rms_norm": ([_I, _P, _P, _P, _N, _N, _F, _I], None),
     "subspec_silu_mul": ([_I, _P, _P, _N, _N, _I], None),
@@ -50,6 +51,12 @@ def _library() -> ctypes.CDLL:
     return _declare(library)
 
 
+@functools.cache
+def _pairs(library: ctypes.CDLL) -> int:
+    """1 where bf16 products are faster through the processor's bf16 instruction, else 0."""
+    return int(library.subspec_pairs() == 2)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """A linear layer, y = x Wᵀ + b.
 
@@ -73,8 +80,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     assert weight.is_contiguous()
     assert out.is_contiguous()
     assert bias is None or (bias.dtype is x.dtype and bias.shape == (outputs,) and bias.is_contiguous())
-    failed = _library().subspec_linear(
+    library = _library()
+    failed = library.subspec_linear(
         native.DTYPE_CODES[x.dtype],
+        _pairs(library),
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -85,7 +94,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory to widen {min(rows, 240)} rows of {length} values")
+        raise MemoryError(f"no memory to prepare {min(rows, 240)} rows of {length} values")
     return out
 
 

@@ -25,10 +25,10 @@ struct Shape {
     int64_t padded() const { return round_up(D, OUT_VECS * LANES); }
 };
 
-// out[h] += sum over keys, in order, of p[h][key] * v[key], for OUT_VECS vectors of `heads` heads.
-template <int HEADS>
-inline __attribute__((noinline)) void weigh_values(const float* p, const float* v, int64_t stride, int64_t keys,
-                                                   float* out) {
+// out[h] += sum over keys, in order, of p[h][key] * v[key][at ...], for OUT_VECS vectors of `heads` heads.
+template <class Element, int HEADS>
+inline __attribute__((noinline)) void weigh_values(const float* p, const Element* const* v, int64_t at, int64_t keys,
+                                                   float* out, int64_t stride) {
     Vec acc[HEADS][OUT_VECS];
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++) {
@@ -38,7 +38,7 @@ inline __attribute__((noinline)) void weigh_values(const float* p, const float* 
     for (int64_t key = 0; key < keys; key++) {
         Vec value[OUT_VECS];
 #pragma GCC unroll 4
-        for (int i = 0; i < OUT_VECS; i++) value[i] = load(v + key * stride + i * LANES);
+        for (int i = 0; i < OUT_VECS; i++) value[i] = load_lanes(v[key] + at + i * LANES);
 #pragma GCC unroll 8
         for (int h = 0; h < HEADS; h++) {
             const Vec weight = splat(p[h * KEYS + key]);
@@ -53,18 +53,21 @@ inline __attribute__((noinline)) void weigh_values(const float* p, const float* 
     }
 }
 
-template <int HEADS = OUT_HEADS>
-inline void weigh_values_of(int heads, const float* p, const float* v, int64_t stride, int64_t keys, float* out) {
+template <class Element, int HEADS = OUT_HEADS>
+inline void weigh_values_of(int heads, const float* p, const Element* const* v, int64_t at, int64_t keys, float* out,
+                            int64_t stride) {
     if constexpr (HEADS > 1) {
         if (heads < HEADS) {
-            weigh_values_of<HEADS - 1>(heads, p, v, stride, keys, out);
+            weigh_values_of<Element, HEADS - 1>(heads, p, v, at, keys, out, stride);
             return;
         }
     }
-    weigh_values<HEADS>(p, v, stride, keys, out);
+    weigh_values<Element, HEADS>(p, v, at, keys, out, stride);
 }
 
-// The queries of a few rows that share one KV head.
+// The queries of a few rows that share one KV head.  Several rows share the widened copy of a block's keys and
+// values; a single row reads them from the cache, where its whole vectors allow that.  Both ways do the same
+// arithmetic in the same order.
 template <class Scalar>
 class Task {
   public:
@@ -92,19 +95,23 @@ class Task {
             longest = larger_of(longest, keys_of(t));
             for (int64_t g = 0; g < group; g++) {
                 const int64_t at = (t - first) * group + g;
-                widen_row(q_ + (t * s_.H + kv_head * group + g) * s_.D, s_.D, query_ + at * stride, stride);
+                spread(q_ + (t * s_.H + kv_head * group + g) * s_.D, query_ + at * stride);
                 memset(sum_ + at * stride, 0, stride * sizeof(float));
                 best_[at] = -std::numeric_limits<float>::infinity();
                 total_[at] = 0.0f;
             }
         }
+        const bool direct = last - first == 1 && s_.D == stride;
         for (int64_t start = 0; start < longest; start += KEYS) {
             for (int i = 0; i < KEYS; i++) held_[i] = -1;
             for (int64_t t = first; t < last; t++) {
                 const int64_t count = smaller_of(keys_of(t) - start, KEYS);
                 if (count <= 0) continue;
-                gather(kv_head, t, start, count);
-                add_block((t - first) * group, count);
+                if (direct) {
+                    find(kv_head, t, start, count);
+                } else {
+                    gather(kv_head, t, start, count, first);
+                }
             }
         }
         finish(kv_head, first, last);
@@ -113,24 +120,49 @@ class Task {
   private:
     int64_t keys_of(int64_t t) const { return int64_t(prefix_[t]) + path_lens_[t]; }
 
-    // Bring the keys and values at positions [start, start + count) of row t into the block; most are there.
-    void gather(int64_t kv_head, int64_t t, int64_t start, int64_t count) {
-        const int64_t stride = s_.padded();
+    int64_t slot_of(int64_t t, int64_t position) const {
+        return position < prefix_[t] ? position : paths_[t * s_.P + position - prefix_[t]];
+    }
+
+    // A row of D values as an operand of score products, zero-padded.
+    void spread(const Scalar* from, float* to) const {
+        const int64_t used = round_up(s_.D, STEP), stride = s_.padded();
+        Widened<Scalar>::prepare(from, s_.D, to);
+        memset(to + used, 0, (stride - used) * sizeof(float));
+    }
+
+    // Add the keys at positions [start, start + count) of row t, the task's only row, from where they lie.
+    void find(int64_t kv_head, int64_t t, int64_t start, int64_t count) {
+        const Scalar *k[KEYS], *v[KEYS];
         for (int64_t i = 0; i < count; i++) {
-            const int64_t position = start + i;
-            const int32_t slot =
-                position < prefix_[t] ? int32_t(position) : paths_[t * s_.P + position - prefix_[t]];
+            const int64_t offset = slot_of(t, start + i) * s_.D;
+            k[i] = k_ + kv_head * s_.k_stride + offset;
+            v[i] = v_ + kv_head * s_.v_stride + offset;
+        }
+        add_block(0, k, v, count);
+    }
+
+    // The same through the task's copy of the block; most of it is there from the row before.
+    void gather(int64_t kv_head, int64_t t, int64_t start, int64_t count, int64_t first) {
+        const int64_t stride = s_.padded();
+        const float *k[KEYS], *v[KEYS];
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t slot = slot_of(t, start + i);
+            k[i] = keys_ + i * stride;
+            v[i] = values_ + i * stride;
             if (held_[i] == slot) continue;
-            widen_row(k_ + kv_head * s_.k_stride + slot * s_.D, s_.D, keys_ + i * stride, stride);
+            spread(k_ + kv_head * s_.k_stride + slot * s_.D, keys_ + i * stride);
             widen_row(v_ + kv_head * s_.v_stride + slot * s_.D, s_.D, values_ + i * stride, stride);
             held_[i] = slot;
         }
+        add_block((t - first) * s_.group(), k, v, count);
     }
 
     // One block of `count` keys for the heads of one row, whose first query is `at`.
-    void add_block(int64_t at, int64_t count) {
+    template <class Element>
+    void add_block(int64_t at, const Element* const* k, const Element* const* v, int64_t count) {
         const int64_t stride = s_.padded(), group = s_.group();
-        score(query_ + at * stride, count);
+        score(query_ + at * stride, k, count);
         for (int64_t g = 0; g < group; g++) {
             const float shrink = soften(score_ + g * KEYS, count, best_[at + g], total_[at + g]);
             if (shrink == 1.0f) continue;
@@ -140,21 +172,23 @@ class Task {
         for (int64_t i = 0; i < stride; i += OUT_VECS * LANES) {
             for (int64_t g = 0; g < group; g += OUT_HEADS) {
                 const int heads = int(smaller_of(group - g, OUT_HEADS));
-                weigh_values_of(heads, score_ + g * KEYS, values_ + i, stride, count, sum_ + (at + g) * stride + i);
+                float* sum = sum_ + (at + g) * stride + i;
+                weigh_values_of(heads, score_ + g * KEYS, v, i, count, sum, stride);
             }
         }
     }
 
-    // Dot products of the row's queries with the first `count` keys of the block.
-    void score(const float* query, int64_t count) {
+    // Dot products of a row's queries with `count` keys.
+    template <class Element>
+    void score(const float* query, const Element* const* k, int64_t count) {
         const int64_t stride = s_.padded(), group = s_.group();
         for (int64_t key = 0; key < count; key += TILE_ROWS) {
-            const float* rows[TILE_ROWS];
-            for (int r = 0; r < TILE_ROWS; r++) rows[r] = keys_ + smaller_of(key + r, count - 1) * stride;
+            const Element* rows[TILE_ROWS];
+            for (int r = 0; r < TILE_ROWS; r++) rows[r] = k[smaller_of(key + r, count - 1)];
             for (int64_t g = 0; g < group; g += TILE_COLUMNS) {
                 const int columns = int(smaller_of(group - g, TILE_COLUMNS));
                 float out[TILE_COLUMNS][TILE_ROWS];
-                dot_tile_of<float>(columns, rows, query + g * stride, stride, stride, nullptr, 0, out);
+                dot_tile_of<Widened<Element>>(columns, rows, query + g * stride, stride, stride, nullptr, 0, out);
                 for (int c = 0; c < columns; c++) memcpy(score_ + (g + c) * KEYS + key, out[c], sizeof out[c]);
             }
         }
@@ -162,7 +196,7 @@ class Task {
 
     // Turn scores into unnormalised probabilities; returns the factor for what was summed before.
     float soften(float* score, int64_t count, float& best, float& total) const {
-        for (int64_t i = 0; i < count; i++) score[i] *= s_.scale;
+        for (int64_t i = 0; i < KEYS; i += LANES) store(score + i, load(score + i) * s_.scale);
         for (int64_t i = count; i < KEYS; i++) score[i] = -std::numeric_limits<float>::infinity();
         Vec highest = load(score);
         for (int64_t i = LANES; i < KEYS; i += LANES) highest = larger(load(score + i), highest);
@@ -201,7 +235,7 @@ class Task {
     float *query_, *sum_;      // (rows * group, padded)
     float* score_;             // (group, KEYS)
     float *best_, *total_;     // (rows * group,)
-    int32_t held_[KEYS];       // slot of each key in the block
+    int64_t held_[KEYS];       // slot of each key in the block
 };
 
 template <class Scalar>

@@ -102,9 +102,13 @@ SUBSPEC_INLINE float sum_lanes(Vec v) {
 }
 
 SUBSPEC_INLINE float max_lanes(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#else
     float best = v[0];
     for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
     return best;
+#endif
 }
 
 // ------------------------------------------------------------------------------------- storage types
@@ -239,10 +243,12 @@ inline void narrow_row(const float* from, int64_t n, Scalar* to) {
 
 // --------------------------------------------------------------------------------------- exponential
 
-// e^x, the same for a value in any lane; 0 below -104, infinite above 88.73, NaN for NaN.
+// e^x, the same for a value in any lane; 0 below -87.3 (nearly all that is subnormal, which processors handle
+// slowly), infinite above 88.73, NaN for NaN.
 // x = n ln 2 + r with |r| <= 0.35, a Taylor polynomial of degree 7 (relative error 6e-9) and an exact 2^n.
 SUBSPEC_INLINE Vec exponential(Vec x) {
-    x = x < splat(-104.0f) ? splat(-104.0f) : x;
+    const IntVec kept = ~(IntVec)(x < splat(-87.3f));
+    x = x < splat(-87.3f) ? splat(-87.3f) : x;
     x = x > splat(89.0f) ? splat(89.0f) : x;
     const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Vec shifted = x * 1.44269504f + shift;
@@ -257,69 +263,121 @@ SUBSPEC_INLINE Vec exponential(Vec x) {
     p = fma(p, r, splat(0.5f));
     p = fma(p * r, r, r) + 1.0f;
     const IntVec exponent = (IntVec)shifted - 0x4b400000;
-    const IntVec first = exponent >> 1, second = exponent - first;  // two factors: 2^n alone may be subnormal
-    return p * (Vec)((first + 127) << 23) * (Vec)((second + 127) << 23);
+    const IntVec first = exponent >> 1, second = exponent - first;  // two factors: 2^128 alone is infinite
+    p = p * (Vec)((first + 127) << 23) * (Vec)((second + 127) << 23);
+    return (Vec)((IntVec)p & kept);
 }
 
 // --------------------------------------------------------------------------------------- dot products
 
-template <class Weight, int COLUMNS>
-SUBSPEC_INLINE void dot_step(const Weight* const rows[TILE_ROWS], int64_t at, const float* x, int64_t x_stride,
-                             int64_t x_at, Vec acc[COLUMNS][TILE_ROWS]) {
-    Vec w[TILE_ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; r++) w[r] = load_half<0>(rows[r] + at);
-#pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; c++) {
-        const Vec value = load(x + c * x_stride + x_at);
-#pragma GCC unroll 4
-        for (int r = 0; r < TILE_ROWS; r++) acc[c][r] = fma(w[r], value, acc[c][r]);
+// How a dot product takes its operands: weights as stored, x prepared once by `prepare` (zero-padded to a multiple
+// of STEP), and what one step of STEP elements adds to the accumulators.
+template <class Scalar>
+struct Widened {  // both in fp32, x in the order of load_half
+    typedef Scalar Weight;
+    typedef float Operand;
+
+    static void prepare(const Scalar* from, int64_t length, float* to) {
+        int64_t k = 0;
+        for (; k + STEP <= length; k += STEP) prepare_step(from + k, to + k);
+        if (k < length) {
+            Scalar tail[STEP] = {};
+            memcpy(tail, from + k, (length - k) * sizeof(Scalar));
+            prepare_step(tail, to + k);
+        }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; r++) w[r] = load_half<1>(rows[r] + at);
-#pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; c++) {
-        const Vec value = load(x + c * x_stride + x_at + LANES);
-#pragma GCC unroll 4
-        for (int r = 0; r < TILE_ROWS; r++) acc[c][r] = fma(w[r], value, acc[c][r]);
+
+    template <int COLUMNS>
+    SUBSPEC_INLINE static void step(const Scalar* const rows[TILE_ROWS], int64_t at, const float* x, int64_t stride,
+                                    Vec acc[COLUMNS][TILE_ROWS]) {
+        half<0, COLUMNS>(rows, at, x, stride, acc);
+        half<1, COLUMNS>(rows, at, x + LANES, stride, acc);
     }
-}
+
+  private:
+    SUBSPEC_INLINE static void prepare_step(const Scalar* from, float* to) {
+        store(to, load_half<0>(from));
+        store(to + LANES, load_half<1>(from));
+    }
+
+    template <int HALF, int COLUMNS>
+    SUBSPEC_INLINE static void half(const Scalar* const rows[TILE_ROWS], int64_t at, const float* x, int64_t stride,
+                                    Vec acc[COLUMNS][TILE_ROWS]) {
+        Vec w[TILE_ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < TILE_ROWS; r++) w[r] = load_half<HALF>(rows[r] + at);
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) {
+            const Vec value = load(x + c * stride);
+#pragma GCC unroll 4
+            for (int r = 0; r < TILE_ROWS; r++) acc[c][r] = fma(w[r], value, acc[c][r]);
+        }
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct Paired {  // both in bf16, for the processor's own instruction, which adds products two by two
+    typedef Bf16 Weight;
+    typedef Bf16 Operand;
+
+    static void prepare(const Bf16* from, int64_t length, Bf16* to) {
+        memcpy(to, from, length * sizeof(Bf16));
+        memset(to + length, 0, (round_up(length, STEP) - length) * sizeof(Bf16));
+    }
+
+    template <int COLUMNS>
+    SUBSPEC_INLINE static void step(const Bf16* const rows[TILE_ROWS], int64_t at, const Bf16* x, int64_t stride,
+                                    Vec acc[COLUMNS][TILE_ROWS]) {
+        __m512bh w[TILE_ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < TILE_ROWS; r++) w[r] = (__m512bh)_mm512_loadu_si512(rows[r] + at);
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) {
+            const __m512bh value = (__m512bh)_mm512_loadu_si512(x + c * stride);
+#pragma GCC unroll 4
+            for (int r = 0; r < TILE_ROWS; r++) acc[c][r] = _mm512_dpbf16_ps(acc[c][r], w[r], value);
+        }
+    }
+};
+#endif
 
 // out[c][r] = sum over k of rows[r][k] * x[c][k]: one accumulator per output steps through k by STEP, its lanes
-// are summed last.  x is fp32 in the order of load_half, zero-padded to a multiple of STEP.  `ahead` names
-// `ahead_count` rows of the same length that will be wanted next.
-template <class Weight, int COLUMNS>
-inline __attribute__((noinline)) void dot_tile(const Weight* const rows[TILE_ROWS], const float* x, int64_t x_stride,
-                                               int64_t length, const Weight* const* ahead, int ahead_count,
+// are summed last.  `ahead` names `ahead_count` rows of the same length that will be wanted next.
+template <class Form, int COLUMNS>
+inline __attribute__((noinline)) void dot_tile(const typename Form::Weight* const rows[TILE_ROWS],
+                                               const typename Form::Operand* x, int64_t stride, int64_t length,
+                                               const typename Form::Weight* const* ahead, int ahead_count,
                                                float out[][TILE_ROWS]) {
+    typedef typename Form::Weight Weight;
     Vec acc[COLUMNS][TILE_ROWS] = {};
     const int64_t whole = length / STEP * STEP;
     const Weight* const fixed[TILE_ROWS] = {rows[0], rows[1], rows[2], rows[3]};
     for (int64_t k = 0; k < whole; k += STEP) {
         for (int i = 0; i < ahead_count; i++) __builtin_prefetch(ahead[i] + k);
-        dot_step<Weight, COLUMNS>(fixed, k, x, x_stride, k, acc);
+        Form::template step<COLUMNS>(fixed, k, x + k, stride, acc);
     }
     if (whole < length) {
         Weight tail[TILE_ROWS][STEP] = {};
         for (int r = 0; r < TILE_ROWS; r++) memcpy(tail[r], rows[r] + whole, (length - whole) * sizeof(Weight));
         const Weight* const padded[TILE_ROWS] = {tail[0], tail[1], tail[2], tail[3]};
-        dot_step<Weight, COLUMNS>(padded, 0, x, x_stride, whole, acc);
+        Form::template step<COLUMNS>(padded, 0, x + whole, stride, acc);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < COLUMNS; c++) sum_lanes(acc[c][0], acc[c][1], acc[c][2], acc[c][3], out[c]);
 }
 
 // The tile for a number of columns known at run time, at most TILE_COLUMNS.
-template <class Weight, int COLUMNS = TILE_COLUMNS>
-inline void dot_tile_of(int columns, const Weight* const rows[TILE_ROWS], const float* x, int64_t x_stride,
-                        int64_t length, const Weight* const* ahead, int ahead_count, float out[][TILE_ROWS]) {
+template <class Form, int COLUMNS = TILE_COLUMNS>
+inline void dot_tile_of(int columns, const typename Form::Weight* const rows[TILE_ROWS],
+                        const typename Form::Operand* x, int64_t stride, int64_t length,
+                        const typename Form::Weight* const* ahead, int ahead_count, float out[][TILE_ROWS]) {
     if constexpr (COLUMNS > 1) {
         if (columns < COLUMNS) {
-            dot_tile_of<Weight, COLUMNS - 1>(columns, rows, x, x_stride, length, ahead, ahead_count, out);
+            dot_tile_of<Form, COLUMNS - 1>(columns, rows, x, stride, length, ahead, ahead_count, out);
             return;
         }
     }
-    dot_tile<Weight, COLUMNS>(rows, x, x_stride, length, ahead, ahead_count, out);
+    dot_tile<Form, COLUMNS>(rows, x, stride, length, ahead, ahead_count, out);
 }
 
 // ------------------------------------------------------------------------------------------- scratch
@@ -332,7 +390,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { free(data_); }
 
-    // Room for `count` floats, not initialised; nullptr if there is no memory.
+    // Room for `count` values of four bytes, not initialised; nullptr if there is no memory.
     float* floats(int64_t count) {
         if (count > capacity_) {
             free(data_);
