@@ -123,7 +123,7 @@ class Chat:
         """Print the answer and collect it in ``said``."""
         pieces = self.llm.stream(list(self.messages), self.params)
         ended = None
-        with contextlib.closing(pieces), _stop_on_interrupt() as stop:
+        with _stop_on_interrupt() as stop:
             try:
                 for piece in pieces:
                     said.append(piece.text)

@@ -81,39 +81,29 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
-    """A line per prompt and one for the medians."""
+    """A line per prompt and one for all; the link's column is the first mode's."""
     from rich.table import Table
 
     modes = list(summary["tok_s"])
-    grid = Table(*["prompt", *(f"{mode} tok/s" for mode in modes)], show_footer=False)
-    for name in ("speed-up", "acceptance", "link", "identical"):
+    names = ["prompt", *(f"{mode}\ntok/s" for mode in modes)]
+    names += ["speed-up", "acceptance\nlength", f"{modes[0]}\nlink", "identical"]
+    grid = Table()
+    for name in names:
         grid.add_column(name, justify="right")
     pairs = {pair[0]["prompt_id"]: pair for pair in paired(runs)}
     for prompt in dict.fromkeys(run["prompt_id"] for run in runs):
         own = {run["mode"]: run for run in runs if run["prompt_id"] == prompt}
-        last = own.get("speculative") or next(iter(own.values()))
         pair = pairs.get(prompt)
-        cells = [
-            *(own[mode]["tok_s"] for mode in modes),
-            speedup(*pair) if pair else None,
-        ]
+        cells = [*(own[mode]["tok_s"] for mode in modes), speedup(*pair) if pair else None]
         cells += [
-            last["acceptance_length"],
-            last["link_utilization"],
-            same_tokens(*pair) if pair else None,
+            (own.get("speculative") or own[modes[0]])["acceptance_length"],
+            own[modes[0]]["link_utilization"],
         ]
-        grid.add_row(str(prompt), *(_cell(cell) for cell in cells))
+        grid.add_row(str(prompt), *(_cell(cell) for cell in [*cells, same_tokens(*pair) if pair else None]))
     grid.add_section()
-    link = summary["link_utilization"].get(
-        "speculative", next(iter(summary["link_utilization"].values()), None)
-    )
-    medians = [
-        *summary["tok_s"].values(),
-        summary["speedup"],
-        summary["acceptance_length"],
-        link,
-    ]
-    grid.add_row("all", *(_cell(cell) for cell in [*medians, summary["identical"]]))
+    medians = [*summary["tok_s"].values(), summary["speedup"], summary["acceptance_length"]]
+    medians += [summary["link_utilization"][modes[0]], summary["identical"]]
+    grid.add_row("all", *(_cell(cell) for cell in medians))
     return grid
 
 

@@ -94,7 +94,7 @@ def run_record(
     ``None`` where nothing was streamed or the link was not measured.
     """
     statistics = result.statistics.as_dict()
-    statistics.pop("accepted", None)
+    lists = {name: list(statistics.pop(name)) for name in ("drafted", "accepted")}
     capacity_bytes = (link_bytes_per_s or 0.0) * result.statistics.decode_s
     used = result.statistics.streamed_bytes / capacity_bytes if capacity_bytes > 0 else None
     return {
@@ -104,7 +104,7 @@ def run_record(
         **statistics,
         "link_utilization": used or None,
         "finish_reason": result.finish_reason,
-        "accepted": list(result.statistics.accepted),
+        **lists,
         "token_ids": list(result.token_ids),
     }
 
