@@ -87,7 +87,7 @@ def _open(path: Path) -> tuple[int, bool, str]:
 
 
 def cache_directory() -> Path:
-    """Where stores and fetched models lie by default: ``$XDG_CACHE_HOME/subspec``, or ``~/.cache/subspec``."""
+    """Where stores and models lie by default: ``$XDG_CACHE_HOME/subspec``, else ``~/.cache/subspec``."""
     cache = os.environ.get("XDG_CACHE_HOME", "")  # the convention: a relative path there is to be ignored
     base = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
     return base / "subspec"
