@@ -95,10 +95,8 @@ def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
         own = {run["mode"]: run for run in runs if run["prompt_id"] == prompt}
         pair = pairs.get(prompt)
         cells = [*(own[mode]["tok_s"] for mode in modes), speedup(*pair) if pair else None]
-        cells += [
-            (own.get("speculative") or own[modes[0]])["acceptance_length"],
-            own[modes[0]]["link_utilization"],
-        ]
+        first, accepting = own[modes[0]], own.get("speculative") or own[modes[0]]
+        cells += [accepting["acceptance_length"], first["link_utilization"]]
         grid.add_row(str(prompt), *(_cell(cell) for cell in [*cells, same_tokens(*pair) if pair else None]))
     grid.add_section()
     medians = [*summary["tok_s"].values(), summary["speedup"], summary["acceptance_length"]]

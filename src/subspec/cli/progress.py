@@ -80,7 +80,6 @@ def _display(stream: TextIO) -> "Progress":
         BarColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
@@ -88,7 +87,6 @@ def _display(stream: TextIO) -> "Progress":
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=Console(file=stream), transient=True, refresh_per_second=4)
