@@ -81,12 +81,13 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
-    """A line per prompt and one for all; the link's column is the first mode's."""
+    """A line per prompt and one for all; the link's column is the plain mode's if it ran."""
     from rich.table import Table
 
     modes = list(summary["tok_s"])
+    linked = "plain" if "plain" in modes else modes[0]
     names = ["prompt", *(f"{mode}\ntok/s" for mode in modes)]
-    names += ["speed-up", "acceptance\nlength", f"{modes[0]}\nlink", "identical"]
+    names += ["speed-up", "acceptance\nlength", f"{linked}\nlink", "identical"]
     grid = Table()
     for name in names:
         grid.add_column(name, justify="right")
@@ -95,12 +96,12 @@ def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
         own = {run["mode"]: run for run in runs if run["prompt_id"] == prompt}
         pair = pairs.get(prompt)
         cells = [*(own[mode]["tok_s"] for mode in modes), speedup(*pair) if pair else None]
-        first, accepting = own[modes[0]], own.get("speculative") or own[modes[0]]
-        cells += [accepting["acceptance_length"], first["link_utilization"]]
+        judged, accepting = own[linked], own.get("speculative") or own[modes[0]]
+        cells += [accepting["acceptance_length"], judged["link_utilization"]]
         grid.add_row(str(prompt), *(_cell(cell) for cell in [*cells, same_tokens(*pair) if pair else None]))
     grid.add_section()
     medians = [*summary["tok_s"].values(), summary["speedup"], summary["acceptance_length"]]
-    medians += [summary["link_utilization"][modes[0]], summary["identical"]]
+    medians += [summary["link_utilization"][linked], summary["identical"]]
     grid.add_row("all", *(_cell(cell) for cell in medians))
     return grid
 
