@@ -60,6 +60,8 @@ def _pairs(library: ctypes.CDLL) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """A linear layer, y = x Wᵀ + b.
 
+    The calling thread keeps scratch of ``4 · K · min(T, 240)`` bytes for its later calls.
+
     Args:
         x: (T, K) rows.
         weight: (N, K) as it lies in a checkpoint; any element alignment.

@@ -246,9 +246,10 @@ int attend(const Shape& shape, const Scalar* q, const Scalar* k, const Scalar* v
     const int64_t blocks = (shape.T + rows - 1) / rows, tasks = blocks * shape.Hkv;
     int64_t keys = 0;
     for (int64_t t = 0; t < shape.T; t++) keys += int64_t(prefix[t]) + path_lens[t];
-    const bool parallel = tasks > 1 && keys * shape.H * shape.D > SERIAL_PRODUCTS;
+    const bool small = keys * shape.H * shape.D <= SERIAL_PRODUCTS;
+    [[maybe_unused]] const int workers = small || tasks == 1 ? 1 : threads;
     int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (parallel) reduction(| : failed)
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1) reduction(| : failed)
     for (int64_t task = 0; task < tasks; task++) {
         static thread_local Scratch scratch;
         float* room = scratch.floats(Task<Scalar>::scratch_floats(shape, rows));

@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t CHUNK_ROWS = 240;            // rows of x prepared at a time
 constexpr int64_t X_BLOCK_BYTES = 512 * 1024;  // prepared rows that stay in the second-level cache
 constexpr int64_t W_BLOCK_BYTES = 512 * 1024;  // weight rows that stay there beside them
-constexpr int64_t SERIAL_PRODUCTS = 1 << 18;   // less work than this is not worth waking threads for
+constexpr int64_t SERIAL_PRODUCTS = 1 << 18;   // less work than this is not worth waking threads for,
+constexpr int64_t SERIAL_ELEMENTS = 1 << 15;   // and less than this when preparing rows
 
 template <class Form>
 struct Product {
@@ -72,13 +73,10 @@ int linear(const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* y,
     for (int64_t start = 0; start < T; start += CHUNK_ROWS) {
         const int64_t rows = smaller_of(T - start, CHUNK_ROWS);
         const Product<Form> product{prepared, weight, bias, y + start * N, rows, stride, N, K};
-#pragma omp parallel num_threads(threads) if (rows * K * N > SERIAL_PRODUCTS)
-        {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < rows; t++) Form::prepare(x + (start + t) * K, K, prepared + t * stride);
-#pragma omp for schedule(dynamic)
-            for (int64_t b = 0; b < blocks; b++) product.block(b * step, smaller_of(N, (b + 1) * step));
-        }
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * K > SERIAL_ELEMENTS)
+        for (int64_t t = 0; t < rows; t++) Form::prepare(x + (start + t) * K, K, prepared + t * stride);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows * K * N > SERIAL_PRODUCTS)
+        for (int64_t b = 0; b < blocks; b++) product.block(b * step, smaller_of(N, (b + 1) * step));
     }
     return 0;
 }
