@@ -5,7 +5,7 @@ between the codes nearest to the weights for a given line, and the line that fit
 squares over scale and mid), the line always *rounded to bf16* before codes are taken for it: what is
 minimized is what will be used.  It starts from four ranges, the group's minimum to maximum with 5 % cut off
 at neither, either and both ends, refits each twice, refits the best of all lines seen twice more, and keeps
-the best.  (On gaussian weights one start and four refits leave 4 % more error, minimum to maximum alone 10 %.)
+the best.  (On gaussian weights one start and four refits leave 4 % more error, min to max alone 10 %.)
 
 Pure functions.  ``quantize`` is the reference; ``quantize_tiles`` uses the native twin where there is one,
 which performs the same operations in the same order and gives the same codes.  Knows nothing of products or
@@ -49,12 +49,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes, scale, mid = _quantize_groups(grouped, padded.repeat(len(rows), 1).float())
         parts.append((codes.view(-1, g * GROUP)[:, :k], scale.view(-1, g), mid.view(-1, g)))
     if not parts:
-        return torch.empty(0, k, dtype=torch.uint8), *torch.empty(2, 0, g, dtype=torch.bfloat16).unbind()
-    return (
-        torch.cat([p[0] for p in parts]),
-        torch.cat([p[1] for p in parts]),
-        torch.cat([p[2] for p in parts]),
-    )
+        none = torch.empty(0, g, dtype=torch.bfloat16)
+        return torch.empty(0, k, dtype=torch.uint8), none, none
+    return _joined(parts, 0), _joined(parts, 1), _joined(parts, 2)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], which: int) -> Tensor:
+    """One of the three results, of all chunks of rows."""
+    return torch.cat([part[which] for part in parts])
 
 
 def quantize_tiles(weight: Tensor) -> Tensor:

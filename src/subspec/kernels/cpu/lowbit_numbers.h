@@ -127,11 +127,19 @@ LOWBIT_INLINE Lanes splat(float value) {
 // Round to the nearest integer, ties to even, for |value| < 2^22.
 LOWBIT_INLINE Lanes nearest(Lanes value) { return (value + 12582912.0f) - 12582912.0f; }
 
-LOWBIT_INLINE void to_ints(Lanes value, int32_t* out) {
+// Whole numbers from -128 to 255, as bytes.
+LOWBIT_INLINE void to_bytes(Lanes value, void* out) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm512_cvtepi32_epi8((__m512i)__builtin_convertvector(value.part[0], PartInts));
+  memcpy(out, &bytes, sizeof bytes);
+#else
+  int32_t whole[16];
   LOWBIT_EACH {
-    PartInts whole = __builtin_convertvector(value.part[p], PartInts);
-    memcpy(out + p * kPartLanes, &whole, sizeof whole);
+    PartInts part = __builtin_convertvector(value.part[p], PartInts);
+    memcpy(whole + p * kPartLanes, &part, sizeof part);
   }
+  for (int i = 0; i < 16; i++) ((uint8_t*)out)[i] = (uint8_t)whole[i];
+#endif
 }
 
 LOWBIT_INLINE v4f halves(v8f a) { return load<v4f>(&a) + load<v4f>((const char*)&a + 16); }
@@ -146,15 +154,36 @@ LOWBIT_INLINE float lane_sum(Lanes value) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Largest lane, of no NaN.
+LOWBIT_INLINE int32_t lane_max(const PartInts value[kParts]) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)value[0]);
+#else
+  int32_t lanes[16];
+  memcpy(lanes, value, sizeof lanes);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+#endif
+}
+
 LOWBIT_INLINE float lane_max(Lanes value) {
-  float lanes[16], most;
+  float lanes[16];
   memcpy(lanes, &value, sizeof lanes);
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  most = lanes[0];
-  return most;
+  return lanes[0];
 }
+
+// The largest magnitude of 64 numbers as its bit pattern: these order as magnitudes do, with NaN above infinity.
+LOWBIT_INLINE int32_t largest_magnitude(const Lanes values[4]) {
+  PartInts largest[kParts] = {};
+  for (int i = 0; i < 4; i++) LOWBIT_EACH {
+      PartInts magnitude = (PartInts)values[i].part[p] & 0x7fffffff;
+      largest[p] = magnitude > largest[p] ? magnitude : largest[p];
+    }
+  return lane_max(largest);
+}
+constexpr int32_t kInfinityBits = 0x7f800000;
 
 template <int dtype> LOWBIT_INLINE Lanes elements(const void* base, int64_t index) {
   if (dtype == kFloat32) return load<Lanes>((const float*)base + index);

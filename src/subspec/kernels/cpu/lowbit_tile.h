@@ -94,6 +94,11 @@ LOWBIT_INLINE __m256 eight_bfloat16(const void* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
 }
 
+// Add products of unsigned and signed bytes, in twos, as int16: it holds 16 products of at most 15 * 127.
+LOWBIT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+}
+
 template <int rows, int stripes>
 static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t ahead, float* out) {
   const __m256i low_nibbles = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -106,30 +111,28 @@ static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, 
 #pragma GCC unroll 8
     for (int half = 0; half < 2; half++) { // eight output rows at a time
       __m256i whole[rows];
-#pragma GCC unroll 8
-      for (int part = 0; part < 2; part++) { // 8 pairs of at most 2 * 15 * 127 fit int16
+#pragma GCC unroll 4
+      for (int m = 0; m < rows; m++) whole[m] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int part = 0; part < 8; part += 4) {
         __m256i sum[rows];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int m = 0; m < rows; m++) sum[m] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int t = 4 * part; t < 4 * part + 4; t++) {
+#pragma GCC unroll 4
+        for (int t = part; t < part + 4; t++) {
           const uint8_t* line = tile + t * 64 + half * 32;
           if (half == 0) _mm_prefetch((const char*)line + ahead, _MM_HINT_T0);
           __m256i both = _mm256_loadu_si256((const __m256i*)line);
           __m256i low = _mm256_and_si256(both, low_nibbles);
           __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int m = 0; m < rows; m++) {
-            __m256i first = _mm256_maddubs_epi16(low, _mm256_set1_epi32(codes[m * 16 + 2 * t]));
-            __m256i second = _mm256_maddubs_epi16(high, _mm256_set1_epi32(codes[m * 16 + 2 * t + 1]));
-            sum[m] = _mm256_add_epi16(sum[m], _mm256_add_epi16(first, second));
+            __m256i first = _mm256_set1_epi32(codes[m * 16 + 2 * t]), second = _mm256_set1_epi32(codes[m * 16 + 2 * t + 1]);
+            sum[m] = add_products(add_products(sum[m], low, first), high, second);
           }
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; m++) {
-          __m256i wide = _mm256_madd_epi16(sum[m], ones);
-          whole[m] = part ? _mm256_add_epi32(whole[m], wide) : wide;
-        }
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) whole[m] = _mm256_add_epi32(whole[m], _mm256_madd_epi16(sum[m], ones));
       }
       __m256 scale = eight_bfloat16(tile + kCodeBytes + half * 16);
       __m256 base = _mm256_sub_ps(eight_bfloat16(tile + kCodeBytes + 32 + half * 16),
@@ -153,38 +156,54 @@ static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, 
 constexpr int kMaxRows = 4;
 constexpr int kMaxStripes = 1;
 
-typedef int32_t v16i __attribute__((vector_size(64)));
-typedef int16_t v32s __attribute__((vector_size(64)));
+typedef int16_t v8s __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
 
-// Two signed bytes as a pair of int16, for multiplying the even and odd bytes of a line separately.
-LOWBIT_INLINE v32s byte_pair(const int8_t* x, int even) {
-  return (v32s)(v16i{} + (int32_t)((uint32_t)(uint16_t)x[even] | (uint32_t)(uint16_t)x[even + 2] << 16));
+// The codes of a group of x as pairs of int16, bytes (0, 2) and (1, 3) of every four: to multiply a line's even and
+// odd bytes by.
+LOWBIT_INLINE void byte_pairs(const int8_t* codes, uint32_t* pairs) {
+  for (int i = 0; i < 16; i++) {
+    const int8_t* four = codes + 4 * i;
+    pairs[2 * i] = (uint32_t)(uint16_t)four[0] | (uint32_t)(uint16_t)four[2] << 16;
+    pairs[2 * i + 1] = (uint32_t)(uint16_t)four[1] | (uint32_t)(uint16_t)four[3] << 16;
+  }
 }
+LOWBIT_INLINE v8s repeat(uint32_t pair) { return (v8s)(v4i{} + (int32_t)pair); }
 
 template <int rows, int stripes>
 static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t, float* out) {
-  v16f acc[rows] = {};
+  v4f acc[rows][4] = {};
   for (int64_t g = 0; g < x.groups; g++) {
     const uint8_t* tile = tiles + g * kTileBytes;
-    v16f scale = bits<v16f>(elements<kBfloat16>(tile + kCodeBytes, 0));
-    v16f base = bits<v16f>(elements<kBfloat16>(tile + kCodeBytes, 16)) - scale * 8.0f;
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) {
-      const int8_t* codes = x.codes + (g * rows + m) * kGroup;
-      v16i whole = {};
-#pragma GCC unroll 8
-      for (int part = 0; part < 2; part++) { // 16 products of at most 15 * 127 fit int16
-        v32s sum = {};
-#pragma GCC unroll 8
-        for (int t = 4 * part; t < 4 * part + 4; t++) {
-          v32s both = load<v32s>(tile + t * 64);
-          sum += (both & 15) * byte_pair(codes, 8 * t) + ((both >> 4) & 15) * byte_pair(codes, 8 * t + 4);
-          sum += ((both >> 8) & 15) * byte_pair(codes, 8 * t + 1) + ((both >> 12) & 15) * byte_pair(codes, 8 * t + 5);
+    uint32_t pairs[rows][32];
+    for (int m = 0; m < rows; m++) byte_pairs(x.codes + (g * rows + m) * kGroup, pairs[m]);
+    for (int quarter = 0; quarter < 4; quarter++) { // four output rows at a time
+      v4i whole[rows] = {};
+      for (int part = 0; part < 8; part += 4) { // 16 products of at most 15 * 127 fit int16
+        v8s sum[rows] = {};
+        for (int t = part; t < part + 4; t++) {
+          const v8s both = load<v8s>(tile + t * 64 + quarter * 16);
+          const v8s low_even = both & 15, high_even = (both >> 4) & 15, low_odd = (both >> 8) & 15;
+          const v8s high_odd = (both >> 12) & 15;
+#pragma GCC unroll 4
+          for (int m = 0; m < rows; m++)
+            sum[m] += low_even * repeat(pairs[m][4 * t]) + low_odd * repeat(pairs[m][4 * t + 1]) +
+                      high_even * repeat(pairs[m][4 * t + 2]) + high_odd * repeat(pairs[m][4 * t + 3]);
         }
-        whole += (((v16i)sum << 16) >> 16) + ((v16i)sum >> 16);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) whole[m] += (((v4i)sum[m] << 16) >> 16) + ((v4i)sum[m] >> 16);
       }
-      acc[m] += (scale * x.scales[g * rows + m]) * __builtin_convertvector(whole, v16f);
-      acc[m] += base * x.sums[g * rows + m];
+      v4f scale, mid;
+      for (int i = 0; i < 4; i++) {
+        scale[i] = element<kBfloat16>(tile + kCodeBytes, 4 * quarter + i);
+        mid[i] = element<kBfloat16>(tile + kCodeBytes + 2 * kRows, 4 * quarter + i);
+      }
+      const v4f base = mid - scale * 8.0f;
+#pragma GCC unroll 4
+      for (int m = 0; m < rows; m++) {
+        acc[m][quarter] += (scale * x.scales[g * rows + m]) * __builtin_convertvector(whole[m], v4f);
+        acc[m][quarter] += base * x.sums[g * rows + m];
+      }
     }
   }
   memcpy(out, acc, sizeof acc);

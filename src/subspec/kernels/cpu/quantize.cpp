@@ -30,7 +30,7 @@ LOWBIT_INLINE Lanes codes_of(Lanes weights, Line line, float inverse) {
 // Codes for a line; their squared error, and the line that suits these codes best.
 template <bool whole> LOWBIT_INLINE float refit(const Group& group, Line line, Line& better) {
   const float inverse = 1.0f / line.scale;
-  Lanes sum, squares, products, errors;
+  Lanes sum = {}, squares = {}, products = {}, errors = {};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     Lanes code = codes_of(group.weights[i], line, inverse);
@@ -87,17 +87,15 @@ template <int dtype> LOWBIT_INLINE Line quantize_group(const void* weight, int64
   group.count = (float)count;
   group.whole = count == kGroup;
   memset(codes, 8, kGroup);
-  Lanes zeros, sum, lows, highs;
-  for (int i = 0; i < 4; i++) {
-    group.weights[i] = some_elements<dtype>(weight, offset + 16 * i, count - 16 * i);
-    zeros = i ? zeros + group.weights[i] * 0.0f : group.weights[i] * 0.0f;
-  }
-  if (lane_sum(zeros) != 0.0f) return {0.0f, 0.0f}; // infinity or NaN times zero is NaN
+  for (int i = 0; i < 4; i++) group.weights[i] = some_elements<dtype>(weight, offset + 16 * i, count - 16 * i);
+  const int32_t top = largest_magnitude(group.weights);
+  if (top >= kInfinityBits) return {0.0f, 0.0f};
   if (!group.whole) mask_group(group, count);
   const Lanes first = splat(bounded(element<dtype>(weight, offset)));
+  Lanes sum = {}, lows = {}, highs = {};
   for (int i = 0; i < 4; i++) {
     Lanes& w = group.weights[i];
-    if (dtype != kFloat16) w = smaller(larger(w, splat(-kHuge)), splat(kHuge)); // fp16 cannot be so large
+    if (bits<float>(top) > kHuge) w = smaller(larger(w, splat(-kHuge)), splat(kHuge));
     sum = i ? sum + w : w;
     Lanes filled = group.whole ? w : w + first * (splat(1.0f) - group.mask[i]);
     lows = i ? smaller(lows, filled) : filled;
@@ -108,9 +106,8 @@ template <int dtype> LOWBIT_INLINE Line quantize_group(const void* weight, int64
   if (!(high - low >= 32.0f * kTiny)) return {0.0f, round_bfloat16(0.5f * low + 0.5f * high)};
   const Line line = group.whole ? search<true>(group, low, high) : search<false>(group, low, high);
   const float inverse = 1.0f / line.scale;
-  int32_t whole[kGroup];
-  for (int i = 0; i < 4; i++) to_ints(codes_of(group.weights[i], line, inverse) + 8.0f, whole + 16 * i);
-  for (int i = 0; i < kGroup; i++) codes[i] = (uint8_t)(i < count ? whole[i] : 8);
+  for (int i = 0; i < 4; i++) to_bytes(codes_of(group.weights[i], line, inverse) + 8.0f, codes + 16 * i);
+  if (!group.whole) memset(codes + count, 8, kGroup - count);
   return line;
 }
 

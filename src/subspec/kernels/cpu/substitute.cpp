@@ -11,28 +11,25 @@ using namespace lowbit;
 
 namespace {
 
-constexpr int64_t kPassRows = 64; // rows of x quantized at once: bounds the scratch
+constexpr int64_t kPassRows = 64;     // rows of x quantized at once: bounds the scratch
+constexpr int64_t kBriefGroups = 128; // so few groups of x are quantized sooner than threads meet
 
 // Quantize one group of one row: codes, scale, and scale times the sum of the codes.
 template <int dtype>
 void quantize_group(const void* x, int64_t offset, int64_t count, int8_t* codes, float* scale, float* sum) {
-  Lanes part[4], largest, zeros;
+  Lanes part[4], total = splat(0.0f);
+  for (int i = 0; i < 4; i++) part[i] = some_elements<dtype>(x, offset + 16 * i, count - 16 * i);
+  const int32_t top = largest_magnitude(part);
+  const bool finite = top < kInfinityBits, used = finite && bits<float>(top) >= 0x1p-100f;
+  const float most = used ? bits<float>(top) : 127.0f;
+  if (!used) memset(part, 0, sizeof part);
   for (int i = 0; i < 4; i++) {
-    part[i] = count >= kGroup ? elements<dtype>(x, offset + 16 * i) : some_elements<dtype>(x, offset + 16 * i, count - 16 * i);
-    Lanes magnitude = larger(part[i], splat(0.0f) - part[i]), zero = part[i] * 0.0f;
-    largest = i ? larger(largest, magnitude) : magnitude;
-    zeros = i ? zeros + zero : zero;
+    Lanes whole = nearest(part[i] * (127.0f / most));
+    to_bytes(whole, codes + 16 * i);
+    total = total + whole;
   }
-  const bool finite = lane_sum(zeros) == 0.0f;
-  const float most = finite ? lane_max(largest) : 0.0f;
-  const bool tiny = most < 0x1p-100f;
-  const float factor = tiny ? 0.0f : 127.0f / most;
-  *scale = finite ? (tiny ? 0.0f : most / 127.0f) : NAN;
-  int32_t whole[kGroup] = {};
-  for (int i = 0; i < 4 && !tiny; i++) to_ints(nearest(part[i] * factor), whole + 16 * i);
-  int32_t total = 0;
-  for (int i = 0; i < kGroup; i++) total += whole[i], codes[i] = (int8_t)whole[i];
-  *sum = *scale * (float)total;
+  *scale = used ? most / 127.0f : (finite ? 0.0f : NAN);
+  *sum = *scale * lane_sum(total);
 }
 
 void quantize_any(int dtype, const void* x, int64_t offset, int64_t count, int8_t* codes, float* scale, float* sum) {
@@ -107,10 +104,8 @@ void multiply(int rows, const uint8_t* tiles, int64_t stripe_bytes, const Activa
   }
 }
 
-#ifndef LOWBIT_AHEAD
-#define LOWBIT_AHEAD 2304
-#endif
-constexpr int64_t kAhead = LOWBIT_AHEAD;
+constexpr int64_t kAhead = 6 * kTileBytes; // how far ahead of its use a tile is prefetched
+constexpr int64_t kChunks = 8;             // shares of a product per thread: a late thread leaves its to the others
 
 // All of a pass's rows with one or two neighbouring stripes.
 void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const Scratch& scratch, int64_t stripe, int stripes) {
@@ -128,28 +123,24 @@ void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const
   }
 }
 
-#ifndef LOWBIT_SINGLE
-#define LOWBIT_SINGLE 2
-#endif
-#ifndef LOWBIT_CHUNKS
-#define LOWBIT_CHUNKS 8
-#endif
-
 void one_pass(const Product& p, int64_t first, int64_t rows, void* memory, int threads) {
   const int64_t groups = (p.k + kGroup - 1) / kGroup, stripes = (p.n + kRows - 1) / kRows;
   const RowBlocks blocks(rows);
   const Scratch scratch(memory, rows, groups);
-  const int step = rows <= LOWBIT_SINGLE ? 1 : kMaxStripes; // few rows wait for memory: one stream suits it best
-  const int64_t steps = (stripes + step - 1) / step;
-  const int64_t chunk = std::max<int64_t>(1, steps / (LOWBIT_CHUNKS * threads));
+  const int64_t steps = (stripes + kMaxStripes - 1) / kMaxStripes;
+  const int64_t chunk = std::max<int64_t>(1, steps / (kChunks * threads));
   (void)chunk;
+  const bool brief = groups * rows <= kBriefGroups;
+  for (int64_t g = 0; g < groups && brief; g++) quantize_rows(p, first, blocks, scratch, g);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    if (!brief) {
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; g++) quantize_rows(p, first, blocks, scratch, g);
+      for (int64_t g = 0; g < groups; g++) quantize_rows(p, first, blocks, scratch, g);
+    }
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t i = 0; i < steps; i++)
-      stripe_rows(p, first, blocks, scratch, i * step, (int)std::min<int64_t>(step, stripes - i * step));
+      stripe_rows(p, first, blocks, scratch, i * kMaxStripes, (int)std::min<int64_t>(kMaxStripes, stripes - i * kMaxStripes));
   }
 }
 
