@@ -302,8 +302,8 @@ def test_layer_with_and_without_native_kernels(dtype: torch.dtype, monkeypatch: 
     x = gaussian(7, k, dtype=dtype)
     exact = F.linear(x, dequantize(tiles, n, k, dtype), bias).float()
     layer = SubstituteLinear(tiles, n, k, bias)
-    assert layer.native == bool(LEVELS)
-    assert (layer(x).float() - exact).norm() / exact.norm() < 0.008
+    assert layer.native == (native.kernels().library is not None)
+    assert (layer(x).float() - exact).norm() / exact.norm() < 0.01
     assert layer(x).dtype == dtype
     assert layer(x[:0]).shape == (0, n)
     monkeypatch.setattr(linear, "lowbit_kernels", lambda: None)
