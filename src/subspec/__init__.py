@@ -7,6 +7,7 @@
 The façade is lazy: importing ``subspec`` loads neither torch nor transformers.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from subspec.generation import LLM, Piece, Result, Statistics
     from subspec.planning.plan import Plan
     from subspec.speculation.sampling import SamplingParams
+
+# Threads that wait for each other spin for microseconds, not milliseconds: the reader threads need the cores,
+# and on a busy machine a spinning thread keeps the one it waits for from running.  Read once, when torch is
+# first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
 _HOMES = {

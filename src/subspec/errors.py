@@ -1,6 +1,7 @@
 """The errors users can meet: one small tree, every message says what, the numbers and the remedy.
 
-The command line prints these as ``error: …`` and exits with 2; anything else is a bug and keeps its traceback.
+The command line prints these as ``error: …`` and exits with 2; anything else is a bug and keeps its
+traceback.
 """
 
 

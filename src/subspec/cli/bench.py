@@ -61,6 +61,7 @@ def bench(
     depth: options.Depth = None,
     width: options.Width = None,
     nodes: options.Nodes = None,
+    min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
     store: options.Store = None,
@@ -80,6 +81,7 @@ def bench(
         "depth": depth,
         "width": width,
         "nodes": nodes,
+        "min_reach": min_reach,
         "draft_temperature": draft_temperature,
     }
     with (

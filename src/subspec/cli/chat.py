@@ -22,6 +22,7 @@ def chat(
     depth: options.Depth = None,
     width: options.Width = None,
     nodes: options.Nodes = None,
+    min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
     store: options.Store = None,
@@ -40,6 +41,7 @@ def chat(
         "depth": depth,
         "width": width,
         "nodes": nodes,
+        "min_reach": min_reach,
         "draft_temperature": draft_temperature,
     }
     params = options.sampling(

@@ -51,6 +51,7 @@ def generate(
     depth: options.Depth = None,
     width: options.Width = None,
     nodes: options.Nodes = None,
+    min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
     store: options.Store = None,
@@ -68,6 +69,7 @@ def generate(
         "depth": depth,
         "width": width,
         "nodes": nodes,
+        "min_reach": min_reach,
         "draft_temperature": draft_temperature,
     }
     params = options.sampling(

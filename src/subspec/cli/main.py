@@ -75,10 +75,5 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; the entry point of the ``subspec`` script.
-
-    The native kernels and torch bring an OpenMP runtime each.  Threads of one that spin while they wait for
-    work take the processor from the other's; on a busy machine that cost a factor of fourteen.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+    """Run the command line; the entry point of the ``subspec`` script."""
     app()

@@ -77,6 +77,14 @@ Nodes = Annotated[
     int | None,
     typer.Option("--nodes", metavar="N", help="Nodes verified in a sweep.  [default: measured]"),
 ]
+MinReach = Annotated[
+    float | None,
+    typer.Option(
+        "--min-reach",
+        metavar="P",
+        help="Draft on while the last level is reached at least this likely.  [default: measured]",
+    ),
+]
 DraftTemperature = Annotated[
     float | None,
     typer.Option(

@@ -31,6 +31,7 @@ class LLM:
         context: most tokens of prompt and text together; default 4096 or the model's limit.
         mode: ``speculative``, or ``plain``: the same engine with a one-node tree, and the same tokens.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        min_reach: probability of reaching the last level below which no further one is drafted.
         draft_temperature: divisor of the draft's scores.
         dtype: ``bfloat16``, ``float16`` or ``float32`` instead of the checkpoint's own.
         store: where the prepared model lies or goes; default: under the user's cache directory.
@@ -58,6 +59,7 @@ class LLM:
         depth: int | None = None,
         width: int | None = None,
         nodes: int | None = None,
+        min_reach: float | None = None,
         draft_temperature: float | None = None,
         dtype: str | None = None,
         store: str | Path | None = None,
@@ -66,7 +68,7 @@ class LLM:
     ) -> None:
         self.mode = _checked_mode(mode)
         budget = default_budget() if memory == "auto" else parse_size(memory)
-        request = Request(budget, context, depth, width, nodes, draft_temperature, prefill_chunk)
+        request = Request(budget, context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
         self.store_path = prepare(model, store=Path(store) if store else None, dtype=dtype, progress=progress)
         opened = Store(self.store_path)
         self.config, self.name = opened.config, opened.manifest.name
@@ -164,7 +166,9 @@ class LLM:
         reused = min(_common_prefix(self._cached, ids), len(ids) - 1)
         self._cached = ids[:reused]
         sampler = Sampler(params, ids, plan.draft_temperature)
-        shape = TreeShape(plan.depth, plan.width, plan.nodes) if mode == "speculative" else None
+        shape = (
+            TreeShape(plan.depth, plan.width, plan.nodes, plan.min_reach) if mode == "speculative" else None
+        )
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = _Clock(self.engine, mode, reused)

@@ -17,10 +17,26 @@ DEFAULT_CONTEXT = 4096
 SLOTS = 2
 PREFILL_ROWS = 256
 EMBEDDING_CACHE_BYTES = 8 * MIB
-DEFAULT_DEPTH, DEFAULT_WIDTH, DEFAULT_NODES = 24, 4, 48
-DEFAULT_DRAFT_TEMPERATURE = 1.0
+DEFAULT_DRAFT_TEMPERATURE = 0.7
 NOISE_BYTES = 4  # a position's noise, per vocabulary entry
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
+
+
+@dataclass(frozen=True)
+class TreeDefaults:
+    """A tree for a kind of sweep.  Fields as in ``Plan``."""
+
+    depth: int
+    width: int
+    nodes: int
+    min_reach: float
+
+
+# Measured (docs/log.md): a sweep that streams costs as much as dozens of draft levels, and hides the products
+# of many rows behind the link; a resident one costs a few levels, and every further row counts.
+STREAMED_TREE = TreeDefaults(depth=40, width=6, nodes=128, min_reach=0.05)
+RESIDENT_TREE = TreeDefaults(depth=8, width=2, nodes=8, min_reach=0.5)
+MOSTLY_RESIDENT = 0.1  # share of the weights below which streaming no longer decides a sweep's time
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Request:
         budget_bytes: bound on everything the engine holds.
         context: tokens of prompt and text together.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        min_reach: probability of reaching the last level below which no further one is drafted.
         draft_temperature: divisor of the draft's scores.
         prefill_rows: prompt rows that go through a layer at once.
     """
@@ -40,6 +57,7 @@ class Request:
     depth: int | None = None
     width: int | None = None
     nodes: int | None = None
+    min_reach: float | None = None
     draft_temperature: float | None = None
     prefill_rows: int | None = None
 
@@ -52,6 +70,7 @@ class Plan:
         budget_bytes: the bound.
         context: tokens of prompt and text together.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
+        min_reach: probability of reaching the last level below which no further one is drafted.
         draft_temperature: divisor of the draft's scores.
         prefill_rows: prompt rows that go through a layer at once.
         resident_layers: layers whose exact weights stay.
@@ -68,6 +87,7 @@ class Plan:
     depth: int
     width: int
     nodes: int
+    min_reach: float
     draft_temperature: float
     prefill_rows: int
     resident_layers: tuple[int, ...]
@@ -124,7 +144,18 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
         BudgetError: the budget is below the minimum; the message says it.
         OptionError: a wish that cannot be met.
     """
-    wishes = _wishes(config, request)
+    plan = _spend(config, itemsize, small_bytes, request, STREAMED_TREE)
+    weights = config.layers * layer_bytes(config, itemsize)[0]
+    if plan.streamed_bytes < MOSTLY_RESIDENT * weights:
+        return _spend(config, itemsize, small_bytes, request, RESIDENT_TREE)
+    return plan
+
+
+def _spend(
+    config: ModelConfig, itemsize: int, small_bytes: int, request: Request, defaults: TreeDefaults
+) -> Plan:
+    """The plan with a given kind of tree where the request leaves it open; raises as ``make_plan`` does."""
+    wishes = _wishes(config, request, defaults)
     parts = _fixed_parts(config, itemsize, small_bytes, wishes)
     layer = page_aligned(layer_bytes(config, itemsize)[0])
     chunks = [
@@ -157,29 +188,39 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
     )
 
 
-def _wishes(config: ModelConfig, request: Request) -> dict[str, Any]:
+def _wishes(config: ModelConfig, request: Request, defaults: TreeDefaults) -> dict[str, Any]:
     """The request with defaults filled in and checked."""
-    context = request.context or min(DEFAULT_CONTEXT, config.max_position)
+
+    def chosen(wish: Any, default: Any) -> Any:
+        return default if wish is None else wish
+
+    context = chosen(request.context, min(DEFAULT_CONTEXT, config.max_position))
     if context > config.max_position:
         raise OptionError(f"--context {context}: the model's limit is {config.max_position}")
-    depth = DEFAULT_DEPTH if request.depth is None else request.depth
-    width = DEFAULT_WIDTH if request.width is None else request.width
-    nodes = min(DEFAULT_NODES, 1 + depth * width) if request.nodes is None else request.nodes
-    rows = request.prefill_rows or PREFILL_ROWS
-    temperature = (
-        DEFAULT_DRAFT_TEMPERATURE if request.draft_temperature is None else request.draft_temperature
-    )
-    checks = [(context, "--context", 2), (depth, "--depth", 1), (width, "--width", 1), (nodes, "--nodes", 2)]
-    for value, name, least in [*checks, (rows, "prefill chunk", 1)]:
+    depth, width = chosen(request.depth, defaults.depth), chosen(request.width, defaults.width)
+    nodes = chosen(request.nodes, min(defaults.nodes, 1 + depth * width))
+    rows = chosen(request.prefill_rows, PREFILL_ROWS)
+    temperature = chosen(request.draft_temperature, DEFAULT_DRAFT_TEMPERATURE)
+    reach = chosen(request.min_reach, defaults.min_reach)
+    at_least = [
+        (context, "--context", 2),
+        (depth, "--depth", 1),
+        (width, "--width", 1),
+        (nodes, "--nodes", 2),
+    ]
+    for value, name, least in [*at_least, (rows, "prefill_chunk", 1)]:
         if value < least:
             raise OptionError(f"{name} is {value}: it must be at least {least}")
-    if temperature <= 0:
+    if not 0 < temperature < float("inf"):
         raise OptionError(f"--draft-temperature is {temperature}: it must be above 0")
+    if not 0 <= reach <= 1:
+        raise OptionError(f"--min-reach is {reach}: it must be between 0 and 1")
     return {
         "context": context,
         "depth": depth,
         "width": min(width, config.vocab_size),
         "nodes": nodes,
+        "min_reach": reach,
         "prefill_rows": rows,
         "draft_temperature": temperature,
     }

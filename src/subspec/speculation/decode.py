@@ -5,7 +5,7 @@ Plain decoding is this loop with a one-node tree: the same target pass, the same
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -98,7 +98,7 @@ def _step(
     nodes = [0]
     if shape is not None and remaining > 1:
         depth = min(shape.depth, remaining - 1)  # a path of this depth, and its bonus token
-        grow(tree, passes.draft, sampler, TreeShape(depth, shape.width, shape.nodes))
+        grow(tree, passes.draft, sampler, replace(shape, depth=depth))
         nodes = tree.best(shape.nodes)
     drafted = time.perf_counter()
     logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)

@@ -1,5 +1,6 @@
 """Grow a draft tree level by level."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from subspec.models.decoder import Rows
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 
+NO_REACH = 1e-30  # below this a level is hopeless whatever the shape says
 DraftPass = Callable[[Rows], torch.Tensor]
 
 
@@ -20,11 +22,14 @@ class TreeShape:
         depth: levels below the root.
         width: nodes a level, and guesses a node.
         nodes: nodes that a sweep verifies, the root included.
+        min_reach: no further level is drafted once the target reaches the last one with less than this
+            probability, as the scores have it; 0 always drafts the whole depth.
     """
 
     depth: int
     width: int
     nodes: int
+    min_reach: float = 0.0
 
     @property
     def drafted(self) -> int:
@@ -36,7 +41,9 @@ def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) 
     """Add up to ``shape.depth`` levels below the tree's root.
 
     Each level forwards the last level's nodes and keeps the ``width`` best-scored of their guesses.  A
-    node's score is the sum of its guesses' log probabilities on the way from the root.
+    node's score is the sum of its guesses' log probabilities on the way from the root.  Growing ends early
+    where the target is unlikely to get that far.
+
     Source: SubSpec (Chang et al. 2025, arXiv 2509.18344), section 4; EAGLE-2 (Li et al. 2024) for the
         dynamic tree.
 
@@ -44,7 +51,7 @@ def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) 
         tree: a rooted tree; nodes are added.
         draft: forwards rows and writes their keys and values: (T, V) logits.
         sampler: ranks guesses.
-        shape: depth and width.
+        shape: depth, width and when to end.
     """
     frontier = [0]
     for _ in range(shape.depth):
@@ -59,5 +66,5 @@ def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) 
         ]
         guesses.sort(key=lambda guess: -guess[0])  # stable: ties go to the older parent
         frontier = [tree.add(token, node, score) for score, node, token in guesses[: shape.width]]
-        if not frontier:
+        if sum(math.exp(tree.scores[node]) for node in frontier) < max(shape.min_reach, NO_REACH):
             break

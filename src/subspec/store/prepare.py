@@ -154,9 +154,9 @@ def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progres
 
     def note(name: str, record: FileRecord) -> None:
         done[name] = record
-        state = {**key, "files": {path: asdict(entry) for path, entry in done.items()}}
-        write_atomically(directory / PROGRESS_FILE, json.dumps(state))
+        write_atomically(directory / PROGRESS_FILE, json.dumps({**key, "files": _plain(done)}))
 
+    write_atomically(directory / PROGRESS_FILE, json.dumps({**key, "files": _plain(done)}))
     writer = StoreWriter(directory, checkpoint, config)
     for task in writer.tasks():
         if not all(name in done for name in task.files):
@@ -170,6 +170,11 @@ def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progres
             )
     Manifest(checkpoint.name, dtype_name, checkpoint.config, checkpoint.identity(), done).write(directory)
     (directory / PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def _plain(files: dict[str, FileRecord]) -> dict[str, dict[str, int]]:
+    """File records as plain data."""
+    return {name: asdict(record) for name, record in files.items()}
 
 
 def _finished_files(directory: Path, key: dict[str, object]) -> dict[str, FileRecord]:
