@@ -86,7 +86,7 @@ def test_modes_take_turns_and_the_link_is_measured_between(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeLLM, "streamed_bytes", 500)
-    meter = meter_with(tmp_path, [100.0] * 10 + [1000.0] + [100.0] * 99)
+    meter = meter_with(tmp_path, [100.0] * 10 + [9e9, 1000.0] + [100.0] * 99)  # a warm-up never counts
     llm: Any = FakeLLM("model")
     seen: list[tuple[int, int]] = []
     settings = Settings(max_new_tokens=6, plain_max_new_tokens=2, temperature=0.5, seed=3)
