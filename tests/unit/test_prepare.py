@@ -17,8 +17,9 @@ from tiny import tiny_config, write_tiny
 
 from subspec import LLM, SamplingParams
 from subspec.errors import OptionError, StoreError
+from subspec.memory.disk import cache_directory
 from subspec.store.manifest import FILE_NAME, Manifest
-from subspec.store.prepare import cache_directory, prepare
+from subspec.store.prepare import prepare
 from subspec.store.reader import Store
 
 PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True)
