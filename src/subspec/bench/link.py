@@ -1,7 +1,8 @@
 """Measure the link that layers stream over: direct reads of the store's own files, a little at a time.
 
-A disk's speed drifts, and so it is measured before, between and after the runs that are judged by it.  A disk or
-a limit that was idle for a moment may run ahead of its lasting speed: each round begins with reads that do not count.
+A disk's speed drifts, and so it is measured before, between and after the runs that are judged by it.  A
+disk or a limit that was idle for a moment may run ahead of its lasting speed: each round begins with reads
+that do not count.
 """
 
 import itertools
