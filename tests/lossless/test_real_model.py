@@ -1,0 +1,93 @@
+"""On a real model in bf16, whose logits often tie: speculative equals plain, greedy and sampled."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from subspec import LLM, SamplingParams
+
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 200
+PROMPTS = (
+    "Our kitchen sink drains slowly after every rain. What could be wrong, and what should I check first?",
+    "Write a short story about a lighthouse keeper who collects other people's umbrellas.",
+    "def median_of_three(a, b, c):\n    # finish this Python function and explain it line by line",
+    "A train leaves at 14:20 and arrives at 17:05, with two stops of five minutes. How long did it move?",
+    "Liste fünf Dinge auf, die man auf eine Wanderung mitnehmen sollte, und begründe jedes kurz.",
+    "Turn this into a table: Ada has 3 cats, Boris has 1 dog, Chen has 2 birds and 4 fish.",
+    "Persuade a stubborn neighbour, politely and in four paragraphs, to trim the hedge between our gardens.",
+    "What is the difference between weather and climate? Answer as if to a curious ten-year-old.",
+)
+CASES = [(index, temperature) for index in range(len(PROMPTS)) for temperature in (None, 0.8)]
+
+
+@pytest.fixture(scope="module")
+def demo_store(demo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("demo")
+    yield directory / "store"
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def model(demo_file: Path, demo_store: Path) -> Iterator[LLM]:
+    """Everything resident."""
+    with LLM(demo_file, "2GiB", store=demo_store, context=512) as llm:
+        assert llm.describe()["dtype"] == "bfloat16"
+        assert llm.plan.streamed_bytes == 0
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def small_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
+    """A sixth of the exact weights streamed, other chunks of the prompt, another tree."""
+    held, resident = model.plan.held_bytes, model.plan.parts["resident"]
+    settings = {"context": 512, "depth": 10, "width": 3, "nodes": 20, "prefill_chunk": 7}
+    with LLM(demo_store, held - resident // 6, store=None, **settings) as llm:  # type: ignore[arg-type]
+        assert llm.plan.streamed_bytes > resident // 10
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain_texts(model: LLM) -> dict[tuple[int, float | None], list[int]]:
+    return {}
+
+
+def params_of(index: int, temperature: float | None) -> SamplingParams:
+    return SamplingParams(NEW_TOKENS, temperature=temperature, seed=index, ignore_eos=True)
+
+
+@pytest.mark.parametrize(("index", "temperature"), CASES)
+def test_speculative_equals_plain(
+    model: LLM, plain_texts: dict[tuple[int, float | None], list[int]], index: int, temperature: float | None
+) -> None:
+    params = params_of(index, temperature)
+    plain = model.generate(PROMPTS[index], params, mode="plain")
+    model.reset()
+    speculative = model.generate(PROMPTS[index], params)
+    plain_texts[index, temperature] = plain.token_ids
+    assert len(plain.token_ids) == NEW_TOKENS
+    assert len(set(plain.token_ids)) >= 20
+    assert speculative.token_ids == plain.token_ids
+    assert speculative.text == plain.text
+    assert speculative.statistics.acceptance_length > 2, "the substitutes hardly ever agree"
+
+
+@pytest.mark.parametrize(("index", "temperature"), [(1, 0.8), (6, None)])
+def test_the_same_text_under_a_smaller_budget(
+    model: LLM,
+    small_model: LLM,
+    plain_texts: dict[tuple[int, float | None], list[int]],
+    index: int,
+    temperature: float | None,
+) -> None:
+    params = params_of(index, temperature)
+    expected = (
+        plain_texts.get((index, temperature))
+        or model.generate(PROMPTS[index], params, mode="plain").token_ids
+    )
+    found = small_model.generate(PROMPTS[index], params)
+    assert found.token_ids == expected
+    assert found.statistics.streamed_bytes > 0
