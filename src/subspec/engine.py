@@ -53,6 +53,7 @@ class Engine:
         self._small = small
         self._matrices = layer_matrices(self.config, store.dtype.itemsize)
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
+        self._biases = [self._layer_biases(index) for index in range(self.config.layers)]
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._arena)
         self.decoder = Decoder(
             self.config, [self._norms(index) for index in range(self.config.layers)], self.cache
@@ -124,7 +125,7 @@ class Engine:
             k=self._small.get(layer_tensor(index, "self_attn.k_norm")),
         )
 
-    def _biases(self, index: int) -> list[torch.Tensor | None]:
+    def _layer_biases(self, index: int) -> list[torch.Tensor | None]:
         """The bias of each fused matrix of a layer, where it has one."""
         found = []
         for matrix in self._matrices:
@@ -152,7 +153,7 @@ class Engine:
         for index, tiles in enumerate(memory):
             weights = [
                 SubstituteLinear(tiles[m.substitute_offset :][: tile_bytes(m.n, m.k)], m.n, m.k, bias)
-                for m, bias in zip(self._matrices, self._biases(index), strict=True)
+                for m, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
             layers.append(LayerProducts(*weights))
         return _Draft(layers), self._load_draft_head()
@@ -209,7 +210,7 @@ class Engine:
     def _exact_layer(self, index: int, memory: torch.Tensor) -> LayerProducts:
         """A layer's products over its exact image."""
         products = []
-        for matrix, bias in zip(self._matrices, self._biases(index), strict=True):
+        for matrix, bias in zip(self._matrices, self._biases[index], strict=True):
             weight = self._matrix(memory[matrix.exact_offset :], matrix.n, matrix.k)
             products.append(lambda x, weight=weight, bias=bias: self.product(x, weight, bias))
         return LayerProducts(*products)

@@ -76,17 +76,24 @@ class Speed:
     direct: bool = True
 
 
-def meter_with(tmp_path: Path, speeds: list[float]) -> LinkMeter:
+def meter_with(tmp_path: Path, best: tuple[int, int]) -> LinkMeter:
+    """A disk that gives ``best`` 1000 bytes/s and other readers 100, but for one stroke of luck."""
     (tmp_path / "layer.exact").write_bytes(bytes(8192))
-    queue = iter(speeds)
-    return LinkMeter(tmp_path, settle_s=0.0, read=lambda *_: Speed(next(queue)))
+    luck = iter([9e9])
+
+    def read(_paths: Any, threads: int, request_bytes: int, _total: int) -> Speed:
+        if (threads, request_bytes) == best:
+            return Speed(1000.0)
+        return Speed(next(luck, 100.0) if threads == 1 else 100.0)
+
+    return LinkMeter(tmp_path, settle_s=0.0, read=read)
 
 
 def test_modes_take_turns_and_the_link_is_measured_between(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeLLM, "streamed_bytes", 500)
-    meter = meter_with(tmp_path, [100.0] * 10 + [9e9, 1000.0] + [100.0] * 99)  # a warm-up never counts
+    meter = meter_with(tmp_path, CANDIDATES[4])
     llm: Any = FakeLLM("model")
     seen: list[tuple[int, int]] = []
     settings = Settings(max_new_tokens=6, plain_max_new_tokens=2, temperature=0.5, seed=3)
@@ -108,7 +115,7 @@ def test_modes_take_turns_and_the_link_is_measured_between(
 
 
 def test_nothing_streamed_means_nothing_measured(prompts: Path, tmp_path: Path) -> None:
-    meter = meter_with(tmp_path, [])
+    meter = meter_with(tmp_path, CANDIDATES[0])
     llm: Any = FakeLLM("model")
     runs = run_prompts(llm, load_prompts(prompts, 1), Settings(), meter, lambda *_: None)
     assert meter.best_bytes_per_s is None

@@ -78,6 +78,7 @@ class LLM:
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._turn = 0
+        self._closed = False
 
     def generate(
         self,
@@ -116,6 +117,8 @@ class LLM:
         Abandoning the iterator leaves the model usable; a later text on the same model ends an unfinished
         one.
         """
+        if self._closed:
+            raise OptionError("this model is closed: build another LLM")
         params = params or SamplingParams()
         chosen = _checked_mode(mode or self.mode)
         if params.stop and self.tokenizer is None:
@@ -134,8 +137,11 @@ class LLM:
         self._cached = []
 
     def close(self) -> None:
-        """Free what the model holds."""
-        self.engine.close()
+        """Free what the model holds; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._turn += 1
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +190,7 @@ class LLM:
             yield Piece(text, tokens)
             clock.resume()
             if turn != self._turn:
-                raise OptionError("another text was begun on this model: this one cannot go on")
+                raise OptionError("this text cannot go on: another one was begun, or the model was closed")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Prompts in, token ids out: chat templates, raw text, or ids as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,16 @@ def encode(tokenizer: Any, prompt: Prompt, vocabulary: int, *, raw: bool) -> lis
     """
     if isinstance(prompt, str):
         ids = _encode_text(tokenizer, prompt, raw=raw)
-    elif all(isinstance(item, int) for item in prompt):
-        ids = [int(item) for item in prompt if isinstance(item, int)]
     else:
-        ids = _apply_template(tokenizer, [dict(item) for item in prompt if isinstance(item, dict)])
+        items = list(prompt)
+        messages = [dict(item) for item in items if isinstance(item, Mapping)]
+        ids = [int(item) for item in items if isinstance(item, Integral)]
+        if max(len(messages), len(ids)) < len(items):
+            raise OptionError(
+                "a prompt is a string, a list of messages, or a list of token ids, not a mixture"
+            )
+        if messages:
+            ids = _apply_template(tokenizer, messages)
     if not ids:
         raise OptionError("the prompt is empty: give at least one token")
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)

@@ -31,7 +31,7 @@ class TextStream:
         """Take one token; returns what may be shown now."""
         if self._backend is None or self.stopped:
             return ""
-        self._held += self._decoder.step(self._backend, token) or ""
+        self._held += self._decode(token)
         ends = [place for word in self._stop if (place := self._held.find(word)) >= 0]
         if ends:
             self.stopped = True
@@ -41,6 +41,14 @@ class TextStream:
     def finish(self) -> str:
         """The text ends here: what was held back may be shown."""
         return "" if self.stopped else self._emit(len(self._held))
+
+    def _decode(self, token: int) -> str:
+        """The text that a token completes."""
+        try:
+            return self._decoder.step(self._backend, token) or ""
+        except Exception:  # noqa: BLE001 - the library's own class; bytes that are no text end a run of them
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._backend, token) or ""
 
     def _emit(self, count: int) -> str:
         """Move the first ``count`` held characters to the text."""

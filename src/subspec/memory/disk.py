@@ -49,16 +49,19 @@ class ImageFile:
                 raise StoreError(
                     f"{self.path}: reading at byte {offset + done} failed: {error.strerror}"
                 ) from error
-            if count == 0:
+            done += count
+            if done == wanted:
+                break
+            if count == 0 or offset + done >= os.fstat(self._fd).st_size:
                 raise StoreError(
                     f"{self.path} ends at byte {offset + done}, {offset + wanted} were expected: "
                     "prepare the model again"
                 )
-            done += count
-            if done < wanted:
+            if self.direct:
                 done -= done % PAGE_BYTES  # a short read may end inside a page; O_DIRECT goes on at its start
         if not self.direct:
-            os.posix_fadvise(self._fd, offset, wanted, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, wanted, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the descriptor; reading afterwards is an error."""

@@ -82,15 +82,16 @@ class Streamer:
         """The next unit's bytes: a view of its slot, valid until ``release``.  Blocks until they are there.
 
         Raises:
-            StoreError: reading failed, or the unit's checksum is wrong.
+            StoreError: reading failed before the unit was there, its checksum is wrong, or ``close`` was
+                called.
         """
         start = time.perf_counter()
         with self._changed:
             load = self._released
-            while load not in self._ready and self._error is None:
+            while load not in self._ready and self._error is None and not self._closed:
                 self._changed.wait()
-            if self._error is not None:
-                raise self._error
+            if load not in self._ready:
+                raise self._error or StoreError("the model is closed")
         self.wait_s += time.perf_counter() - start
         return self.slots[load % len(self.slots)][: self.units[load % len(self.units)].n_bytes]
 
@@ -129,7 +130,7 @@ class Streamer:
             try:
                 unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
                 self._finish(load, size)
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
                 with self._changed:
                     self._error = self._error or error
             finally:

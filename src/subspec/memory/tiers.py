@@ -77,9 +77,10 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
     factor = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or factor is None or float(match.group(1)) <= 0:
+    size = float(match.group(1)) * factor if match is not None and factor is not None else 0.0
+    if not 1 <= size < 1 << 60:
         raise OptionError(f"{text!r} is not a size: write for example 1.5GiB, 800MiB or 2000000000")
-    return int(float(match.group(1)) * factor)
+    return int(size)
 
 
 def format_size(n_bytes: float) -> str:

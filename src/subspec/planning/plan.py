@@ -144,11 +144,15 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
         BudgetError: the budget is below the minimum; the message says it.
         OptionError: a wish that cannot be met.
     """
-    plan = _spend(config, itemsize, small_bytes, request, STREAMED_TREE)
-    weights = config.layers * layer_bytes(config, itemsize)[0]
-    if plan.streamed_bytes < MOSTLY_RESIDENT * weights:
-        return _spend(config, itemsize, small_bytes, request, RESIDENT_TREE)
-    return plan
+    small = _spend(
+        config, itemsize, small_bytes, request, RESIDENT_TREE
+    )  # what needs least decides the minimum
+    if small.streamed_bytes < MOSTLY_RESIDENT * config.layers * layer_bytes(config, itemsize)[0]:
+        return small
+    try:
+        return _spend(config, itemsize, small_bytes, request, STREAMED_TREE)
+    except BudgetError:
+        return small
 
 
 def _spend(
@@ -167,7 +171,7 @@ def _spend(
     slots, slot_bytes = (0, 0) if spare >= everything else (SLOTS, max(layer, *chunks))
     spare -= slots * slot_bytes
     if spare < 0:
-        raise _too_small(request.budget_bytes, {**parts, "slots": slots * slot_bytes})
+        raise _too_small(request.budget_bytes, {**parts, "slots": min(slots * slot_bytes, everything)})
     layers = min(spare // layer, config.layers)
     spare -= layers * layer
     head = 0

@@ -63,6 +63,7 @@ def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) 
             (tree.scores[node] + log, node, token)
             for node, row_tokens, row_logs in zip(frontier, tokens, logs, strict=True)
             for token, log in zip(row_tokens, row_logs, strict=True)
+            if log > -math.inf  # neither impossible nor not a number
         ]
         guesses.sort(key=lambda guess: -guess[0])  # stable: ties go to the older parent
         frontier = [tree.add(token, node, score) for score, node, token in guesses[: shape.width]]

@@ -15,6 +15,7 @@ import torch
 
 from subspec.errors import OptionError
 
+GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
 NUCLEUS_GUESS = 1024  # logits looked at first by top-p; a nucleus that is larger costs a full sort
 
 
@@ -143,36 +144,31 @@ class Sampler:
 
         Returns:
             For each row up to ``width`` tokens, best first, and the log of the probability that the target
-            takes
-            each: a softmax of perturbed scores over the ranked candidates.
+            takes each: a softmax of perturbed scores over the ranked candidates.
         """
-        if not self.params.samples:
-            return self._guess_greedily(logits, paths, width)
-        noise = self._noise_at(position, logits.shape[-1])
-        tokens, logs = [], []
-        for row, path in zip(logits, paths, strict=True):
-            values, indices = self._penalized(row.float(), path).topk(min(self._candidates, row.shape[-1]))
-            kept, chosen = keep(values / self.params.divisor, self.params)
-            ids = indices if chosen is None else indices[chosen]
-            scores = torch.log_softmax((kept + noise[ids]) / self._draft_temperature, dim=-1)
-            best = scores.topk(min(width, len(scores)))
-            alive = [place for place, score in enumerate(best.values.tolist()) if score > -float("inf")]
-            logs.append(best.values[alive].tolist())
-            tokens.append(ids[best.indices[alive]].tolist())
-        return tokens, logs
-
-    def _guess_greedily(
-        self, logits: torch.Tensor, paths: Sequence[Sequence[int]], width: int
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """``guess`` without noise: all rows at once."""
         if self.params.repetition_penalty != 1.0:
             rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
             logits = torch.stack(rows)
-        values, indices = logits.topk(
-            min(max(width, 8), logits.shape[-1]), dim=-1
-        )  # the tail's mass is negligible
-        logs = torch.log_softmax(values.float() / self._draft_temperature, dim=-1)
-        return indices[:, :width].tolist(), logs[:, :width].tolist()
+        if not self.params.samples:
+            values, indices = logits.topk(min(max(width, GREEDY_CANDIDATES), logits.shape[-1]), dim=-1)
+            logs = torch.log_softmax(values.float() / self._draft_temperature, dim=-1)
+            return indices[:, :width].tolist(), logs[:, :width].tolist()
+        noise = self._noise_at(position, logits.shape[-1])
+        values, indices = logits.topk(min(self._candidates, logits.shape[-1]), dim=-1)
+        ranked = [
+            self._rank(row, ids, noise, width) for row, ids in zip(values.float(), indices, strict=True)
+        ]
+        return [tokens for tokens, _ in ranked], [scores for _, scores in ranked]
+
+    def _rank(
+        self, row: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, width: int
+    ) -> tuple[list[int], list[float]]:
+        """The best of one row's candidates (their logits and ids) under the noise: tokens and log scores."""
+        kept, chosen = keep(row / self.params.divisor, self.params)
+        ids = ids if chosen is None else ids[chosen]
+        scores = torch.log_softmax((kept + noise[ids]) / self._draft_temperature, dim=-1)
+        best = scores.topk(min(width, len(scores)))
+        return ids[best.indices].tolist(), best.values.tolist()
 
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 
 from subspec.errors import StoreError
+from subspec.substitute.layout import GROUP
 
 FORMAT = "subspec-store"
 VERSION = 1
 CODEC = "raw"  # exact images hold the weights' own bits; a residual codec will be another word here
+BITS = 4
 FILE_NAME = "manifest.json"
+_FORM = {"version": VERSION, "codec": CODEC, "bits": BITS, "group": GROUP}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -45,8 +49,8 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
     codec: str = CODEC
-    bits: int = 4
-    group: int = 64
+    bits: int = BITS
+    group: int = GROUP
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -55,7 +59,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Put the manifest in place, atomically: its presence says that the store is complete."""
-        write_atomically(directory / FILE_NAME, json.dumps(asdict(self), indent=1))
+        data = asdict(self)
+        write_atomically(directory / FILE_NAME, json.dumps({**data, "crc32": _checksum(data)}, indent=1))
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -75,11 +80,11 @@ class Manifest:
             raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{path} is not a manifest of a subspec store")
-        if (data.get("version"), data.get("codec")) != (VERSION, CODEC):
-            raise StoreError(
-                f"{directory} has format version {data.get('version')}, codec {data.get('codec')!r}; this "
-                f"subspec reads version {VERSION}, codec {CODEC!r}: prepare the model again"
-            )
+        form = {name: data.get(name) for name in _FORM}
+        if form != _FORM:
+            raise StoreError(f"{directory} has {form}; this subspec reads {_FORM}: prepare the model again")
+        if data.pop("crc32", None) != _checksum(data):
+            raise StoreError(f"{path} is damaged (its checksum does not match): prepare the model again")
         try:
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
             manifest = cls(**data)
@@ -100,6 +105,11 @@ class Manifest:
             if found != record.n_bytes:
                 state = "is missing" if found is None else f"has {found} bytes instead of {record.n_bytes}"
                 raise StoreError(f"{path} {state}: prepare the model again")
+
+
+def _checksum(data: dict[str, Any]) -> int:
+    """CRC-32 of plain data in one fixed spelling."""
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 def is_store(directory: Path) -> bool:

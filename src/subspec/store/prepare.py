@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from subspec.checkpoint import Checkpoint, open_checkpoint
 from subspec.errors import OptionError, StoreError
@@ -28,6 +29,8 @@ from subspec.substitute.layout import tile_bytes
 
 Progress = Callable[[str, int, int], None]
 PROGRESS_FILE = "progress.json"
+_MARKS = {name + end for name in (manifests.FILE_NAME, PROGRESS_FILE) for end in ("", ".partial")}
+_OURS = re.compile(r"((layer|head)-\d+\.(exact|substitute)|embedding\.exact|small\.safetensors)(\.partial)?")
 
 
 def prepare(
@@ -63,10 +66,17 @@ def prepare(
         config = ModelConfig.from_dict(checkpoint.config)
         config.check_tensors(checkpoint.tensors)
         directory = store or _default_directory(checkpoint)
-        directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory):
-            if rebuild or not _is_current(directory, checkpoint):
-                _build(directory, checkpoint, config, progress)
+        if directory.resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
+            raise StoreError(f"{directory} holds the checkpoint itself: choose another --store")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory):
+                _check_owner(directory, checkpoint)
+                if rebuild or not _is_current(directory, checkpoint):
+                    _build(directory, checkpoint, config, progress)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StoreError(f"{directory} cannot be written ({reason}): choose another --store") from error
         return directory
     finally:
         checkpoint.close()
@@ -107,97 +117,118 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
-    """Whether the directory holds a complete store of this very checkpoint.
+def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
+    """Make sure that whatever the directory holds is a store, or an attempt at one, of this checkpoint.
 
     Raises:
-        StoreError: it holds a store of another model, or files that are not a store's.
+        StoreError: it holds another model's store, or files that are not a store's.
     """
-    foreign = {path.name for path in directory.iterdir()} - {
-        ".lock",
-        PROGRESS_FILE,
-        manifests.FILE_NAME,
-        "tokenizer",
-    }
-    if not is_store(directory):
-        if not (directory / PROGRESS_FILE).exists() and foreign:
-            raise StoreError(f"{directory} is not empty and holds no store: choose another --store")
-        return False
+    entries = {path.name for path in directory.iterdir()} - {".lock"}
+    if all(name.endswith(".partial") for name in entries & _MARKS) and entries <= _MARKS:
+        return  # empty, or killed before its first note was in place
+    for mark in (manifests.FILE_NAME, PROGRESS_FILE):
+        note = _read_json(directory / mark)
+        if note.get("format") == manifests.FORMAT:
+            source = note.get("source")
+            owner = source.get("path") if isinstance(source, dict) else None
+            if owner != checkpoint.identity().get("path"):
+                raise StoreError(
+                    f"{directory} holds a store prepared from {owner}: choose another --store, or delete it"
+                )
+            return
+    raise StoreError(
+        f"{directory} is not empty and holds no readable store: choose another --store, or delete it"
+    )
+
+
+def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the directory holds a complete store of the checkpoint as it is now, in its dtype."""
     try:
         found = Manifest.read(directory)
         found.check_sizes(directory)
     except StoreError:
         return False
-    if found.source.get("path") != checkpoint.identity().get("path"):
-        raise StoreError(
-            f"{directory} holds {found.name}, prepared from {found.source.get('path')}: choose another "
-            "--store, or delete it"
-        )
     return found.source == checkpoint.identity() and found.torch_dtype == checkpoint.dtype
 
 
 def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progress: Progress | None) -> None:
-    """Write every file that the progress file does not name, then the manifest."""
+    """Write every file that an unfinished attempt has not written yet, then the manifest.
+
+    Raises:
+        StoreError: the disk is too small, or the checkpoint changed meanwhile.
+    """
     dtype_name = next(name for name, dtype in DTYPES.items() if dtype == checkpoint.dtype)
-    key = {
+    identity = checkpoint.identity()
+    job = {
+        "format": manifests.FORMAT,
         "version": manifests.VERSION,
         "codec": manifests.CODEC,
         "dtype": dtype_name,
-        "source": checkpoint.identity(),
+        "source": identity,
     }
-    done = _finished_files(directory, key)
+    finished = (
+        directory / manifests.FILE_NAME
+    ).exists()  # then it is stale or damaged: nothing of it is kept
+    done = {} if finished else _finished_files(directory, job)
+    _note(directory, job, done)
     if not done:
         _clear(directory)
-    _check_space(
-        directory, config, checkpoint.dtype.itemsize, sum(record.n_bytes for record in done.values())
-    )
-
-    def note(name: str, record: FileRecord) -> None:
-        done[name] = record
-        write_atomically(directory / PROGRESS_FILE, json.dumps({**key, "files": _plain(done)}))
-
-    write_atomically(directory / PROGRESS_FILE, json.dumps({**key, "files": _plain(done)}))
-    writer = StoreWriter(directory, checkpoint, config)
-    for task in writer.tasks():
+    total = store_bytes(config, checkpoint.dtype.itemsize)
+    _check_space(directory, total - _image_bytes(done))
+    for task in StoreWriter(directory, checkpoint, config).tasks():
         if not all(name in done for name in task.files):
-            for name, record in task.run().items():
-                note(name, record)
+            done.update(task.run())
+            _note(directory, job, done)
         if progress is not None:
-            progress(
-                "preparing",
-                sum(record.n_bytes for record in done.values()),
-                store_bytes(config, checkpoint.dtype.itemsize),
-            )
-    Manifest(checkpoint.name, dtype_name, checkpoint.config, checkpoint.identity(), done).write(directory)
+            progress("preparing", _image_bytes(done), total)
+    if checkpoint.identity() != identity:
+        raise StoreError(f"{checkpoint.path} changed while it was prepared: run the command again")
+    files = dict(sorted(done.items()))
+    Manifest(checkpoint.name, dtype_name, checkpoint.config, identity, files).write(directory)
     (directory / PROGRESS_FILE).unlink(missing_ok=True)
 
 
-def _plain(files: dict[str, FileRecord]) -> dict[str, dict[str, int]]:
-    """File records as plain data."""
-    return {name: asdict(record) for name, record in files.items()}
+def _note(directory: Path, job: dict[str, Any], done: dict[str, FileRecord]) -> None:
+    """Put down which job is under way and what of it is on disk."""
+    files = {name: asdict(record) for name, record in done.items()}
+    write_atomically(directory / PROGRESS_FILE, json.dumps({**job, "files": files}))
 
 
-def _finished_files(directory: Path, key: dict[str, object]) -> dict[str, FileRecord]:
+def _finished_files(directory: Path, job: dict[str, Any]) -> dict[str, FileRecord]:
     """What an earlier, broken-off run of the same job finished, as far as it is still there."""
+    note = _read_json(directory / PROGRESS_FILE)
     try:
-        state = json.loads((directory / PROGRESS_FILE).read_text())
-        files = {name: FileRecord(**record) for name, record in state.pop("files").items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        files = {name: FileRecord(**record) for name, record in note.pop("files", {}).items()}
+    except (TypeError, AttributeError):
         return {}
-    if state != json.loads(json.dumps(key)):
+    if note != json.loads(json.dumps(job)):
         return {}
     sizes = {name: (directory / name).stat().st_size for name in files if (directory / name).is_file()}
     return {name: record for name, record in files.items() if sizes.get(name) == record.n_bytes}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none that can be read."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def _clear(directory: Path) -> None:
-    """Remove a stale or foreign attempt; the manifest first, so that no half-removed store looks complete."""
+    """Remove a store's files and no others; the manifest first: what is left must not look complete."""
     (directory / manifests.FILE_NAME).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.name == "tokenizer":
+        if path.name == "tokenizer" and path.is_dir():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif _OURS.fullmatch(path.name):
             path.unlink()
+
+
+def _image_bytes(files: dict[str, FileRecord]) -> int:
+    """Bytes of the images among some files."""
+    return sum(record.n_bytes for name, record in files.items() if name.endswith((".exact", ".substitute")))
 
 
 def store_bytes(config: ModelConfig, itemsize: int) -> int:
@@ -214,16 +245,15 @@ def store_bytes(config: ModelConfig, itemsize: int) -> int:
     return total
 
 
-def _check_space(directory: Path, config: ModelConfig, itemsize: int, done_bytes: int) -> None:
+def _check_space(directory: Path, needed_bytes: int) -> None:
     """Refuse to start what the disk cannot hold.
 
     Raises:
         StoreError: free space is too small.
     """
-    needed = store_bytes(config, itemsize) - done_bytes
     free = shutil.disk_usage(directory).free
-    if needed > free:
+    if needed_bytes > free:
         raise StoreError(
-            f"the store needs {format_size(needed)} more at {directory}; {format_size(free)} is free: "
+            f"the store needs {format_size(needed_bytes)} more at {directory}; {format_size(free)} is free: "
             "free some, or choose another place with --store"
         )

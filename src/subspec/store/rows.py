@@ -7,7 +7,7 @@ of disk. Every row is checked against its own checksum.
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -72,6 +72,7 @@ class EmbeddingRows:
                 self._pool.submit(self._read_into, out, missing, wanted[n::READERS], n)
                 for n in range(READERS)
             ]
+            wait(jobs)  # all of them, before any error: the buffers are the next call's
             for job in jobs:
                 job.result()
         for token in wanted:

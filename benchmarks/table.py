@@ -1,0 +1,78 @@
+"""Write the README's table of results from the files in ``benchmarks/results``.
+
+python benchmarks/table.py           # rewrites the README's table
+python benchmarks/table.py --print   # prints it
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+HEADER = (
+    "| model, bf16 | budget | disk reads | temperature | plain tok/s | speculative tok/s "
+    "| speed-up: median (least) | acceptance length | plain link use | identical |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
+)
+NOTE = """
+Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose memory, page
+cache included, is capped at the budget plus 700 MiB. *Plain* is the same engine at the same budget with the same
+prefetch and a one-node tree. The speed-up is the median of the per-prompt ratios. *Link use* is what was streamed, of
+what the disk could have delivered meanwhile. Command, commit, versions and every raw time are in
+[benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
+"""
+
+
+def row(result: dict[str, Any]) -> str:
+    """One result file as a line of the table."""
+    summary, runs = result["summary"], result["runs"]
+    throttle = result["machine"]["disk_throttle"]
+    reads = f"capped at {throttle[0]['read_bytes_per_s'] / 1e9:.1f} GB/s" if throttle else "uncapped"
+    reads += f" ({result['link_bytes_per_s'] / 1e9:.2f} measured)"
+    plain = {run["prompt_id"]: run["tok_s"] for run in runs if run["mode"] == "plain"}
+    ratios = [
+        run["tok_s"] / plain[run["prompt_id"]]
+        for run in runs
+        if run["mode"] == "speculative" and plain[run["prompt_id"]] and run["tok_s"]
+    ]
+    use = statistics.median(run["link_utilization"] for run in runs if run["mode"] == "plain")
+    cells = [
+        f"{result['model']['name'].removesuffix('-bf16')}, {result['model']['parameters'] / 1e9:.2f} B",
+        f"{result['budget_bytes'] / 2**20:.0f} MiB",
+        reads,
+        f"{result['settings']['temperature'] or 0:g}",
+        f"{summary['tok_s']['plain']:.2f}",
+        f"{summary['tok_s']['speculative']:.2f}",
+        f"**{summary['speedup']:.1f}×** ({min(ratios):.1f}×)",
+        f"{summary['acceptance_length']:.1f}",
+        f"{use:.2f}",
+        "yes" if summary["identical"] else "NO",
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def table() -> str:
+    """The whole section, ends with a newline; empty without results."""
+    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("bench-*.json"))]
+    if not results:
+        return ""
+    prompts = sorted({len({run["prompt_id"] for run in result["runs"]}) for result in results})
+    return HEADER + "".join(map(row, results)) + NOTE.format(prompts=" or ".join(map(str, prompts)))
+
+
+def updated(readme: str) -> str:
+    """The README's text with the section replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    if "--print" in sys.argv:
+        sys.stdout.write(table())
+    else:
+        README.write_text(updated(README.read_text()))
