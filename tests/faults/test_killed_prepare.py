@@ -105,9 +105,6 @@ def test_it_may_end_at_any_file(model: Path, tmp_path: Path) -> None:
         check_resumed(model, store, reference)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="before the first note of progress the directory counts as somebody else's"
-)
 @pytest.mark.parametrize("count", range(1, FIRST_NOTE + 1))
 def test_it_may_end_before_anything_is_noted(model: Path, tmp_path: Path, count: int) -> None:
     reference = contents(prepare(model, store=tmp_path / "reference"))
@@ -131,7 +128,6 @@ def test_it_may_end_again_and_again(model: Path, tmp_path: Path) -> None:
     assert contents(store) == reference
 
 
-@pytest.mark.xfail(strict=True, reason="a half-removed stale store counts as somebody else's")
 def test_it_may_end_while_a_stale_store_is_removed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,9 +150,6 @@ def test_it_may_end_while_a_stale_store_is_removed(
     check_resumed(model, store, reference)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a note of progress left beside a complete store stops a rebuild from writing"
-)
 def test_a_store_that_was_complete_when_the_run_ended_can_be_rebuilt(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,6 @@ def _equals(found: bytes, expected: bytes) -> None:
     assert found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="a buffered read that returns less than a page is repeated for ever")
 def test_reads_of_less_than_a_page_get_on(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_direct(monkeypatch)
     file, real, calls = ImageFile(image), os.preadv, 0
@@ -133,7 +132,6 @@ def test_an_image_that_ends_early_is_refused(image: Path, way: str, first: int) 
     file.close()
 
 
-@pytest.mark.xfail(strict=True, reason="an end inside a page is read again for ever")
 def test_an_image_that_ends_inside_a_page_is_refused(
     image: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

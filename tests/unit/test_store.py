@@ -1,6 +1,7 @@
 """An open store: what it says of itself, and what it refuses.  Its bytes are the checkpoint's."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +127,21 @@ def test_a_manifest_comes_back_as_it_was_written(prepared: Path, tmp_path: Path)
 
 
 def edit(store: Path, **changes: Any) -> None:
-    data = json.loads((store / FILE_NAME).read_text())
-    (store / FILE_NAME).write_text(json.dumps({**data, **changes}))
+    """Change the manifest and seal it again."""
+    data = {**json.loads((store / FILE_NAME).read_text()), **changes}
+    del data["crc32"]
+    seal = zlib.crc32(json.dumps(data, sort_keys=True).encode())
+    (store / FILE_NAME).write_text(json.dumps({**data, "crc32": seal}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "format version 99, codec 'raw'; this subspec reads version 1"),
-        ({"codec": "zip"}, "codec 'zip'; this subspec reads version 1, codec 'raw': prepare the model again"),
+        ({"version": 99}, "format version 99, codec 'raw', .*; this subspec reads format version 1, "),
+        (
+            {"codec": "zip"},
+            "codec 'zip', .*; this subspec reads format version 1, codec 'raw', .*: prepare the model again",
+        ),
         ({"format": "else"}, "manifest.json is not a manifest of a subspec store"),
         ({"dtype": "int3"}, "manifest.json is damaged .*int3.*: prepare the model again"),
         ({"files": 3}, "manifest.json is damaged"),
@@ -148,7 +155,6 @@ def test_a_manifest_of_another_kind_is_refused(prepared: Path, changes: dict[str
         Store(prepared)
 
 
-@pytest.mark.xfail(strict=True, reason="the substitutes' bits and group are not compared")
 @pytest.mark.parametrize("changes", [{"bits": 3}, {"group": 32}])
 def test_substitutes_of_another_kind_are_refused(prepared: Path, changes: dict[str, Any]) -> None:
     edit(prepared, **changes)

@@ -360,7 +360,6 @@ def test_closing_while_a_read_is_under_way_waits_for_it(tmp_path: Path) -> None:
     made.close()
 
 
-@pytest.mark.xfail(strict=True, reason="waits for readers that are gone")
 def test_asking_after_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Ring(tmp_path, [1, 1, 1], 1)
     made.take(0)
@@ -370,7 +369,6 @@ def test_asking_after_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         made.take(1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the reader dies and the consumer waits for ever")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_unforeseen_failure_of_a_reader_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> None:

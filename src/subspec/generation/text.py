@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of half a character
 
 
 class TextStream:
@@ -21,7 +21,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._from = self._shown = 0  # ids from where on are decoded again; ids whose text was shown
         self._stop = stop
         self._held = ""
         self.text = ""
@@ -43,12 +44,18 @@ class TextStream:
         return "" if self.stopped else self._emit(len(self._held))
 
     def _decode(self, token: int) -> str:
-        """The text that a token completes."""
-        try:
-            return self._decoder.step(self._backend, token) or ""
-        except Exception:  # noqa: BLE001 - the library's own class; bytes that are no text end a run of them
-            self._decoder = DecodeStream(skip_special_tokens=True)
-            return self._decoder.step(self._backend, token) or ""
+        """The text that a token completes.
+
+        Decodes again what was shown last together with what came since, so that spaces between words and
+        characters of several tokens come out as in the whole text.
+        """
+        self._ids.append(token)
+        before = self._backend.decode(self._ids[self._from : self._shown], skip_special_tokens=True)
+        text = self._backend.decode(self._ids[self._from :], skip_special_tokens=True)
+        if len(text) <= len(before) or text.endswith(INCOMPLETE):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return str(text[len(before) :])
 
     def _emit(self, count: int) -> str:
         """Move the first ``count`` held characters to the text."""

@@ -80,9 +80,11 @@ class Manifest:
             raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{path} is not a manifest of a subspec store")
-        form = {name: data.get(name) for name in _FORM}
-        if form != _FORM:
-            raise StoreError(f"{directory} has {form}; this subspec reads {_FORM}: prepare the model again")
+        if any(data.get(name) != value for name, value in _FORM.items()):
+            raise StoreError(
+                f"{directory} has {_describe(data)}; this subspec reads {_describe(_FORM)}: "
+                "prepare the model again"
+            )
         if data.pop("crc32", None) != _checksum(data):
             raise StoreError(f"{path} is damaged (its checksum does not match): prepare the model again")
         try:
@@ -105,6 +107,14 @@ class Manifest:
             if found != record.n_bytes:
                 state = "is missing" if found is None else f"has {found} bytes instead of {record.n_bytes}"
                 raise StoreError(f"{path} {state}: prepare the model again")
+
+
+def _describe(form: dict[str, Any]) -> str:
+    """A store's form in words."""
+    return (
+        f"format version {form.get('version')}, codec {form.get('codec')!r}, "
+        f"{form.get('bits')} bits in groups of {form.get('group')}"
+    )
 
 
 def _checksum(data: dict[str, Any]) -> int:

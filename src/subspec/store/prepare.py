@@ -123,9 +123,6 @@ def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
     Raises:
         StoreError: it holds another model's store, or files that are not a store's.
     """
-    entries = {path.name for path in directory.iterdir()} - {".lock"}
-    if all(name.endswith(".partial") for name in entries & _MARKS) and entries <= _MARKS:
-        return  # empty, or killed before its first note was in place
     for mark in (manifests.FILE_NAME, PROGRESS_FILE):
         note = _read_json(directory / mark)
         if note.get("format") == manifests.FORMAT:
@@ -136,9 +133,9 @@ def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
                     f"{directory} holds a store prepared from {owner}: choose another --store, or delete it"
                 )
             return
-    raise StoreError(
-        f"{directory} is not empty and holds no readable store: choose another --store, or delete it"
-    )
+    strangers = {path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name)} - _MARKS
+    if strangers - {".lock"}:
+        raise StoreError(f"{directory} is not empty and holds no readable store: choose another --store")
 
 
 def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
