@@ -19,11 +19,12 @@ HEADER = (
     "|---|---|---|---|---|---|---|---|---|---|\n"
 )
 NOTE = """
-Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose memory, page
-cache included, is capped at the budget plus 700 MiB. *Plain* is the same engine at the same budget with the same
-prefetch and a one-node tree. The speed-up is the median of the per-prompt ratios. *Link use* is what was streamed, of
-what the disk could have delivered meanwhile. Command, commit, versions and every raw time are in
-[benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
+Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose
+memory, page cache included, is capped at the budget plus 700 MiB. *Plain* is the same engine at the
+same budget with the same prefetch and a one-node tree. The speed-up is the median of the per-prompt
+ratios. *Link use* is what was streamed, of what the disk could have delivered meanwhile. Command,
+commit, versions and every raw time are in [benchmarks/results](benchmarks/results); `python
+benchmarks/table.py` writes this table.
 """
 
 

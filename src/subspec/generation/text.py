@@ -20,7 +20,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
         self._ids: list[int] = []
         self._from = self._shown = 0  # ids from where on are decoded again; ids whose text was shown
         self._stop = stop
