@@ -42,7 +42,7 @@ def row(result: dict[str, Any]) -> str:
     ]
     use = statistics.median(run["link_utilization"] for run in runs if run["mode"] == "plain")
     cells = [
-        f"{result['model']['name'].removesuffix('-bf16')}, {result['model']['parameters'] / 1e9:.2f} B",
+        result["model"]["name"].removesuffix("-bf16"),
         f"{result['budget_bytes'] / 2**20:.0f} MiB",
         reads,
         f"{result['settings']['temperature'] or 0:g}",
