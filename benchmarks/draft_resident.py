@@ -2,7 +2,7 @@
 
     python benchmarks/draft_resident.py MODEL --memory SIZE --prompts FILE.jsonl [--limit K] [--out FILE]
 
-Gives the draft the exact products of the resident layers on every other run, interleaved, and records acceptance
+Gives the draft the exact products of the resident layers on every other run, and records acceptance
 length and seconds a draft level for both.
 """
 
