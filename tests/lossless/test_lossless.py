@@ -63,7 +63,8 @@ class Subject:
         pairs = list(itertools.product(enumerate(SAMPLINGS), enumerate(DRAFTERS)))
         odd = {torch.bfloat16: None, torch.float16: 0, torch.float32: 1}[self.llm.engine.store.dtype]
         place = list(TREES).index(tree)
-        return [(s, d) for (i, s), (j, d) in pairs if odd is None or (i + j + place) % 2 == odd]
+        chosen = [(s, d) for (i, s), (j, d) in pairs if odd is None or (i + j + place) % 2 == odd]
+        return [pair for pair in chosen if pair[1] != "nothing" or tree in ("chain", "bushy")]  # no tree then
 
     def plain(self, sampling: str) -> Run:
         if sampling not in self._plain:
