@@ -65,10 +65,7 @@ def main() -> int:
                 "tok_s": sum(run["new_tokens"] - 1 for run in mine) / sum(run["decode_s"] for run in mine),
             }
         record = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": machine.commit(),
-            "versions": machine.versions(),
-            "machine": machine.machine(),
+            **machine.provenance(" ".join(["python", *sys.argv])),
             "model": llm.describe(),
             "plan": llm.plan.as_dict(),
             "runs": runs,

@@ -64,10 +64,7 @@ def main() -> int:
             )
         ratios = [run["prefill_s"] / max(run["sweep_s"], run["torch_s"]) for run in runs]
         record = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": machine.commit(),
-            "versions": machine.versions(),
-            "machine": machine.machine(),
+            **machine.provenance(" ".join(["python", *sys.argv])),
             "model": llm.describe(),
             "budget_bytes": llm.plan.budget_bytes,
             "peak_bytes": peak_memory_bytes(),

@@ -141,7 +141,7 @@ class Engine:
         largest = page_aligned(max(n * k for n, k in shapes) * itemsize)
         return choose_product(shapes, self.store.dtype, slots[0] if slots else map_bytes(largest))
 
-    def _load_substitutes(self, progress: Progress | None) -> tuple["_Draft", "_Head"]:
+    def _load_substitutes(self, progress: Progress | None) -> tuple["_Draft", SubstituteLinear]:
         """Read every substitute into memory."""
         per_layer = page_aligned(sum(tile_bytes(matrix.n, matrix.k) for matrix in self._matrices))
         memory = self._arena.bytes("substitutes", per_layer * self.config.layers).view(
@@ -158,7 +158,7 @@ class Engine:
             layers.append(LayerProducts(*weights))
         return _Draft(layers), self._load_draft_head()
 
-    def _load_draft_head(self) -> "_Head":
+    def _load_draft_head(self) -> SubstituteLinear:
         """The head's substitute as one run of tiles, put together from its chunks."""
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         tiles = self._arena.bytes("substitutes", tile_bytes(vocabulary, hidden))
@@ -244,6 +244,3 @@ class _Draft:
     def layers(self) -> Iterator[LayerProducts]:
         """One pass."""
         return iter(self._products)
-
-
-_Head = SubstituteLinear

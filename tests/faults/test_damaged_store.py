@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import least_budget
 from safetensors.torch import load_file
 from tiny import write_tiny
 from tokenizers import Tokenizer, models
 
 from subspec import LLM, SamplingParams
-from subspec.errors import BudgetError, StoreError, SubspecError
-from subspec.planning.plan import Request, make_plan
+from subspec.errors import StoreError, SubspecError
 from subspec.store.manifest import FILE_NAME, Manifest
 from subspec.store.prepare import prepare
-from subspec.store.reader import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [5, 9, 17]
@@ -38,25 +37,9 @@ def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return prepare(model, store=directory / "store")
 
 
-def least_budget(store: Path) -> tuple[int, int]:
-    """The least budget, to the byte, that the planner takes for a store, and the largest unit it streams."""
-    opened = Store(store)
-    small, low, high = opened.manifest.files["small.safetensors"].n_bytes, 0, 1 << 30
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            make_plan(opened.config, opened.dtype.itemsize, small, Request(middle, CONTEXT))
-            high = middle
-        except BudgetError:
-            low = middle
-    unit = max(path.stat().st_size for path in opened.images() if "embedding" not in path.name)
-    opened.close()
-    return high, unit
-
-
 def budgets(store: Path) -> dict[str, int]:
     """One that streams every layer, one that streams some, one that keeps everything."""
-    least, unit = least_budget(store)
+    least, unit = least_budget(store, context=CONTEXT)
     return {"streamed": least, "mixed": least + unit, "resident": 1 << 30}
 
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import least_budget
 from tiny import FAMILIES, write_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from subspec import LLM, SamplingParams
 from subspec.errors import BudgetError, ContextError, OptionError, StoreError
 from subspec.memory import arena
-from subspec.planning.plan import Request, make_plan
 from subspec.store.manifest import Manifest
 from subspec.store.prepare import prepare
-from subspec.store.reader import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 96
@@ -71,25 +70,9 @@ def fresh(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("llm").reset()
 
 
-def least_budget(store: Path) -> tuple[int, int]:
-    """The least budget, to the byte, that the planner takes for a store, and the largest unit it streams."""
-    opened = Store(store)
-    small, low, high = opened.manifest.files["small.safetensors"].n_bytes, 0, 1 << 30
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            make_plan(opened.config, opened.dtype.itemsize, small, Request(middle, CONTEXT))
-            high = middle
-        except BudgetError:
-            low = middle
-    unit = max(path.stat().st_size for path in opened.images() if "embedding" not in path.name)
-    opened.close()
-    return high, unit
-
-
 def streaming_budget(store: Path, resident: int = 0) -> int:
     """A budget for ``resident`` layers beside the minimum."""
-    least, unit = least_budget(store)
+    least, unit = least_budget(store, context=CONTEXT)
     return least + resident * unit
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import least_budget
 from tiny import write_tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -15,9 +16,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from subspec import LLM, SamplingParams
-from subspec.errors import BudgetError, OptionError
-from subspec.planning.plan import Request, make_plan
-from subspec.store.reader import Store
+from subspec.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,27 +85,11 @@ def plain(llm: LLM) -> dict[str, list[int]]:
 # --- memory, trees, chunks ----------------------------------------------------------------------------------
 
 
-def least_budget(store: Path, **options: int) -> int:
-    """The smallest budget that the planner accepts."""
-    opened = Store(store)
-    small = opened.manifest.files["small.safetensors"].n_bytes
-    low, high = 0, 1 << 30
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            make_plan(opened.config, opened.dtype.itemsize, small, Request(middle, **options))
-            high = middle
-        except BudgetError:
-            low = middle
-    opened.close()
-    return high
-
-
 @pytest.mark.parametrize("mode", ["plain", "speculative"])
 def test_the_same_text_for_every_budget(
     store: Path, llm: LLM, plain: dict[str, list[int]], mode: str
 ) -> None:
-    least = least_budget(store, context=160, depth=5, width=3, nodes=12)
+    least, _ = least_budget(store, context=160, depth=5, width=3, nodes=12)
     needed, streamed = llm.plan.held_bytes, []
     for budget in (least, *range(least + 20_000, needed, (needed - least) // 4), needed):
         with open_store(store, budget) as other:

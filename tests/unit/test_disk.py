@@ -4,12 +4,12 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import finishes
 
 from subspec.errors import StoreError
 from subspec.memory.arena import map_bytes
@@ -53,24 +53,6 @@ def read(file: ImageFile, pages: int, first: int = 0) -> bytes:
     return target.numpy()[: pages * PAGE_BYTES].tobytes()
 
 
-def within(seconds: float, work: Callable[[], None]) -> None:
-    """Run ``work`` and fail, instead of hanging the suite, if it does not come back."""
-    failures: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
-            failures.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    if failures:
-        raise failures[0]
-
-
 def test_every_run_of_pages_is_read_as_it_is(image: Path, way: str) -> None:
     content, file = image.read_bytes(), ImageFile(image)
     assert file.n_bytes == len(content)
@@ -98,7 +80,7 @@ def test_short_reads_are_completed(image: Path, way: str, monkeypatch: pytest.Mo
 
     file = ImageFile(image)
     monkeypatch.setattr(os, "preadv", short)
-    within(30, lambda: _equals(read(file, PAGES), image.read_bytes()))
+    finishes(lambda: _equals(read(file, PAGES), image.read_bytes()))
     file.close()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S, finishes
 
 from subspec.errors import StoreError
 from subspec.memory.arena import map_bytes
@@ -22,7 +23,6 @@ from subspec.memory.disk import ImageFile
 from subspec.memory.streamer import Streamer, Unit
 from subspec.memory.tiers import PAGE_BYTES
 
-PATIENCE_S = 60  # a hang becomes a failure; nothing else depends on it
 POISON = 0xA5
 
 
@@ -178,24 +178,6 @@ def ring(directory: Path, pages: list[int], slots: int, **choices: Any) -> Itera
         yield made
     finally:
         made.close()
-
-
-def finishes(work: Callable[[], None]) -> None:
-    """Run ``work``; a hang is a failure, not the end of the suite."""
-    failures: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            failures.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive(), "it hangs"
-    if failures:
-        raise failures[0]
 
 
 # The right bytes, in order
@@ -360,11 +342,10 @@ def test_closing_while_a_read_is_under_way_waits_for_it(tmp_path: Path) -> None:
     made.close()
 
 
-def test_asking_after_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_after_the_end_is_an_error(tmp_path: Path) -> None:
     made = Ring(tmp_path, [1, 1, 1], 1)
     made.take(0)
     made.close()
-    monkeypatch.setattr("test_streamer.PATIENCE_S", 2)
     with pytest.raises(StoreError):
         made.take(1, 2)
 
@@ -375,10 +356,8 @@ def test_an_unforeseen_failure_of_a_reader_surfaces(tmp_path: Path, monkeypatch:
         raise MemoryError
 
     monkeypatch.setattr(ProbedFile, "read", failing)
-    with ring(tmp_path, [1, 1], 1) as made:
-        monkeypatch.setattr("test_streamer.PATIENCE_S", 2)
-        with pytest.raises((MemoryError, StoreError)):
-            made.take(0)
+    with ring(tmp_path, [1, 1], 1) as made, pytest.raises((MemoryError, StoreError)):
+        made.take(0)
 
 
 # What the checker is for: one broken rule each

@@ -62,6 +62,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """What every result file begins with: the command, the commit, the versions and the machine."""
+    return {"command": command, "commit": commit(), "versions": versions(), "machine": machine()}
+
+
 def processor() -> str:
     """The processor's name as it gives it itself."""
     try:

@@ -103,10 +103,7 @@ def _record(
     from subspec.memory.tiers import peak_memory_bytes
 
     return {
-        "command": shlex.join(["subspec", *sys.argv[1:]]),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
-        "machine": machine.machine(),
+        **machine.provenance(shlex.join(["subspec", *sys.argv[1:]])),
         "model": llm.describe(),
         "settings": asdict(settings),
         "seed": settings.seed,

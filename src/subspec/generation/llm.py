@@ -14,7 +14,6 @@ from subspec.generation.text import TextStream
 from subspec.memory.tiers import default_budget, parse_size
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.decode import Commit, decode
-from subspec.speculation.draft import TreeShape
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.store.prepare import prepare
 from subspec.store.reader import Store
@@ -156,7 +155,7 @@ class LLM:
             "name": self.name,
             "family": config.family,
             "dtype": manifest.dtype,
-            "parameters": sum(_count(shape) for shape in config.tensors().values()),
+            "parameters": config.parameters,
             "layers": config.layers,
             "resident_layers": len(self.plan.resident_layers),
             "store_version": manifest.version,
@@ -172,9 +171,7 @@ class LLM:
         reused = min(_common_prefix(self._cached, ids), len(ids) - 1)
         self._cached = ids[:reused]
         sampler = Sampler(params, ids, plan.draft_temperature)
-        shape = (
-            TreeShape(plan.depth, plan.width, plan.nodes, plan.min_reach) if mode == "speculative" else None
-        )
+        shape = plan.tree if mode == "speculative" else None
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = _Clock(self.engine, mode, reused)
@@ -294,11 +291,3 @@ def _common_prefix(first: list[int], second: list[int]) -> int:
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -5,6 +5,7 @@ keep the reads' and products' page walks short.  The returned tensors are views;
 as they do.
 """
 
+import math
 import mmap
 
 import torch
@@ -30,10 +31,7 @@ class Arena:
 
     def tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor of ``shape``; raises as ``bytes`` does."""
-        count = 1
-        for size in shape:
-            count *= size
-        n_bytes = count * dtype.itemsize
+        n_bytes = math.prod(shape) * dtype.itemsize
         return self.bytes(purpose, n_bytes)[:n_bytes].view(dtype).view(shape)
 
 

@@ -10,11 +10,11 @@ import errno
 import os
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from subspec.errors import StoreError
@@ -98,8 +98,7 @@ def cache_directory() -> Path:
 
 def writable(buffer: torch.Tensor) -> memoryview:
     """A writable view of a uint8 tensor's bytes, for reads into it."""
-    array: np.ndarray = buffer.numpy()
-    return memoryview(array)  # type: ignore[arg-type]
+    return buffer.numpy().data
 
 
 def direct_reads(directory: Path) -> tuple[bool, str]:
@@ -125,6 +124,27 @@ def drop_cached(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def check_crc32(content: bytes | memoryview, expected: int, path: Path, part: str = "") -> None:
+    """Compare bytes that were read from ``path`` with their checksum.
+
+    Args:
+        content: the bytes.
+        expected: their CRC-32.
+        path: the file, for the message.
+        part: what of the file, if not all of it.
+
+    Raises:
+        StoreError: they differ.
+    """
+    found = zlib.crc32(content)
+    if found != expected:
+        where = f"{part} differs: " if part else ""
+        raise StoreError(
+            f"{path} is damaged: {where}its CRC-32 is {found:08x}, the manifest says {expected:08x}; "
+            "prepare the model again with: subspec prepare --rebuild"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ consumer reads it only between ``acquire`` and ``release``.  Knows nothing of wh
 
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from subspec.errors import StoreError
-from subspec.memory.disk import ImageFile, writable
+from subspec.memory.disk import ImageFile, check_crc32, writable
 
 REQUEST_BYTES = 8 << 20
 THREADS = 2
@@ -170,16 +169,11 @@ class Streamer:
             self._ready.add(load)
 
     def _verify(self, index: int, view: memoryview) -> None:
-        """Compare a unit's bytes with its checksum.
+        """Compare a unit's bytes with its checksum, once.
 
         Raises:
             StoreError: they differ.
         """
         unit = self.units[index]
-        found = zlib.crc32(view[: unit.n_bytes])
-        if found != unit.crc32:
-            raise StoreError(
-                f"{unit.file.path} ({unit.name}) is damaged: its CRC-32 is {found:08x}, the manifest says "
-                f"{unit.crc32:08x}; prepare the model again with: subspec prepare --rebuild"
-            )
+        check_crc32(view[: unit.n_bytes], unit.crc32, unit.file.path)
         self._verified[index] = True

@@ -10,9 +10,9 @@ from subspec.memory.arena import Arena
 from subspec.models.config import ModelConfig
 
 
-def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-    """Size of a cache of ``slots`` slots."""
-    return 2 * config.layers * config.kv_heads * slots * config.head_dim * dtype.itemsize
+def cache_bytes(config: ModelConfig, slots: int, itemsize: int) -> int:
+    """Size of a cache of ``slots`` slots of values of ``itemsize`` bytes."""
+    return 2 * config.layers * config.kv_heads * slots * config.head_dim * itemsize
 
 
 class KVCache:

@@ -10,6 +10,8 @@ from typing import Any
 from subspec.errors import BudgetError, OptionError
 from subspec.memory.tiers import MIB, format_size, page_aligned
 from subspec.models.config import ModelConfig
+from subspec.models.kv_cache import cache_bytes
+from subspec.speculation.draft import TreeShape
 from subspec.store.layout import head_chunks, layer_bytes
 from subspec.substitute.layout import tile_bytes
 
@@ -22,20 +24,10 @@ NOISE_BYTES = 4  # a position's noise, per vocabulary entry
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
 
 
-@dataclass(frozen=True)
-class TreeDefaults:
-    """A tree for a kind of sweep.  Fields as in ``Plan``."""
-
-    depth: int
-    width: int
-    nodes: int
-    min_reach: float
-
-
 # Measured (docs/log.md): a sweep that streams costs as much as dozens of draft levels, and hides the products
 # of many rows behind the link; a resident one costs a few levels, and every further row counts.
-STREAMED_TREE = TreeDefaults(depth=40, width=6, nodes=128, min_reach=0.05)
-RESIDENT_TREE = TreeDefaults(depth=8, width=2, nodes=8, min_reach=0.5)
+STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
+RESIDENT_TREE = TreeShape(depth=8, width=2, nodes=8, min_reach=0.5)
 MOSTLY_RESIDENT = 0.1  # share of the weights below which streaming no longer decides a sweep's time
 
 
@@ -104,9 +96,14 @@ class Plan:
         return sum(self.parts.values())
 
     @property
+    def tree(self) -> TreeShape:
+        """The draft tree."""
+        return TreeShape(self.depth, self.width, self.nodes, self.min_reach)
+
+    @property
     def cache_slots(self) -> int:
         """Slots of the KV cache: the context, and scratch for the tree."""
-        return self.context + 1 + self.depth * self.width
+        return self.context + self.tree.drafted
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for result files."""
@@ -144,9 +141,8 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
         BudgetError: the budget is below the minimum; the message says it.
         OptionError: a wish that cannot be met.
     """
-    small = _spend(
-        config, itemsize, small_bytes, request, RESIDENT_TREE
-    )  # what needs least decides the minimum
+    # The tree that needs least decides the minimum.
+    small = _spend(config, itemsize, small_bytes, request, RESIDENT_TREE)
     if small.streamed_bytes < MOSTLY_RESIDENT * config.layers * layer_bytes(config, itemsize)[0]:
         return small
     try:
@@ -156,7 +152,7 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
 
 
 def _spend(
-    config: ModelConfig, itemsize: int, small_bytes: int, request: Request, defaults: TreeDefaults
+    config: ModelConfig, itemsize: int, small_bytes: int, request: Request, defaults: TreeShape
 ) -> Plan:
     """The plan with a given kind of tree where the request leaves it open; raises as ``make_plan`` does."""
     wishes = _wishes(config, request, defaults)
@@ -192,7 +188,7 @@ def _spend(
     )
 
 
-def _wishes(config: ModelConfig, request: Request, defaults: TreeDefaults) -> dict[str, Any]:
+def _wishes(config: ModelConfig, request: Request, defaults: TreeShape) -> dict[str, Any]:
     """The request with defaults filled in and checked."""
 
     def chosen(wish: Any, default: Any) -> Any:
@@ -234,17 +230,15 @@ def _fixed_parts(
     config: ModelConfig, itemsize: int, small_bytes: int, wishes: dict[str, Any]
 ) -> dict[str, int]:
     """What every run holds, whatever stays resident."""
-    scratch = 1 + wishes["depth"] * wishes["width"]
-    cache_slots = wishes["context"] + scratch
+    tree = TreeShape(wishes["depth"], wishes["width"], wishes["nodes"])
+    cache_slots = wishes["context"] + tree.drafted
     substitutes = config.layers * page_aligned(layer_bytes(config, itemsize)[1])
     return {
         "substitutes": substitutes + page_aligned(tile_bytes(config.vocab_size, config.hidden_size)),
         "norms_biases": small_bytes,
-        "kv_cache": page_aligned(
-            2 * config.layers * config.kv_heads * cache_slots * config.head_dim * itemsize
-        ),
+        "kv_cache": page_aligned(cache_bytes(config, cache_slots, itemsize)),
         "embedding_cache": page_aligned(_cache_rows(config, itemsize) * config.hidden_size * itemsize),
-        "workspace": _workspace(config, itemsize, wishes, cache_slots),
+        "workspace": _workspace(config, itemsize, wishes, tree),
     }
 
 
@@ -253,16 +247,16 @@ def _cache_rows(config: ModelConfig, itemsize: int) -> int:
     return min(max(EMBEDDING_CACHE_BYTES // (config.hidden_size * itemsize), 16), config.vocab_size)
 
 
-def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], cache_slots: int) -> int:
+def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree: TreeShape) -> int:
     """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = (config.heads + 2 * config.kv_heads) * config.head_dim
-    rows = max(wishes["prefill_rows"], min(wishes["nodes"], 1 + wishes["depth"] * wishes["width"]))
+    rows = max(wishes["prefill_rows"], min(tree.nodes, tree.drafted))
     activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
     prompt = wishes["context"] * (hidden * itemsize + 64)
-    logits = (wishes["nodes"] + 2 * wishes["width"]) * config.vocab_size * itemsize
-    sampling = config.vocab_size * ((wishes["depth"] + 1) * NOISE_BYTES + SAMPLING_BYTES)
-    tables = cache_slots * config.head_dim * 4
+    logits = (tree.nodes + 2 * tree.width) * config.vocab_size * itemsize
+    sampling = config.vocab_size * ((tree.depth + 1) * NOISE_BYTES + SAMPLING_BYTES)
+    tables = (wishes["context"] + tree.drafted) * config.head_dim * 4
     return int(activations + prompt + logits + sampling + tables)
 
 

@@ -90,9 +90,10 @@ class Manifest:
         try:
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
             manifest = cls(**data)
-            manifest.torch_dtype  # noqa: B018 - an unknown dtype is damage, found here
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error!r}): prepare the model again") from error
+        if manifest.dtype not in DTYPES:
+            raise StoreError(f"{path} is damaged (dtype {manifest.dtype!r}): prepare the model again")
         return manifest
 
     def check_sizes(self, directory: Path) -> None:

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from subspec.checkpoint import Checkpoint, open_checkpoint
 from subspec.errors import OptionError, StoreError
 from subspec.memory.disk import cache_directory
@@ -71,9 +73,10 @@ def prepare(
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with _locked(directory):
-                _check_owner(directory, checkpoint)
-                if rebuild or not _is_current(directory, checkpoint):
-                    _build(directory, checkpoint, config, progress)
+                identity = checkpoint.identity()
+                _check_owner(directory, identity)
+                if rebuild or not _is_current(directory, identity, checkpoint.dtype):
+                    _build(directory, checkpoint, identity, config, progress)
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"{directory} cannot be written ({reason}): choose another --store") from error
@@ -117,8 +120,8 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
-    """Make sure that whatever the directory holds is a store, or an attempt at one, of this checkpoint.
+def _check_owner(directory: Path, identity: dict[str, Any]) -> None:
+    """Make sure that what the directory holds is a store, or an attempt at one, of this very checkpoint.
 
     Raises:
         StoreError: it holds another model's store, or files that are not a store's.
@@ -128,7 +131,7 @@ def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
         if note.get("format") == manifests.FORMAT:
             source = note.get("source")
             owner = source.get("path") if isinstance(source, dict) else None
-            if owner != checkpoint.identity().get("path"):
+            if owner != identity.get("path"):
                 raise StoreError(
                     f"{directory} holds a store prepared from {owner}: choose another --store, or delete it"
                 )
@@ -138,24 +141,29 @@ def _check_owner(directory: Path, checkpoint: Checkpoint) -> None:
         raise StoreError(f"{directory} is not empty and holds no readable store: choose another --store")
 
 
-def _is_current(directory: Path, checkpoint: Checkpoint) -> bool:
+def _is_current(directory: Path, identity: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether the directory holds a complete store of the checkpoint as it is now, in its dtype."""
     try:
         found = Manifest.read(directory)
         found.check_sizes(directory)
     except StoreError:
         return False
-    return found.source == checkpoint.identity() and found.torch_dtype == checkpoint.dtype
+    return found.source == identity and found.torch_dtype == dtype
 
 
-def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progress: Progress | None) -> None:
+def _build(
+    directory: Path,
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    config: ModelConfig,
+    progress: Progress | None,
+) -> None:
     """Write every file that an unfinished attempt has not written yet, then the manifest.
 
     Raises:
         StoreError: the disk is too small, or the checkpoint changed meanwhile.
     """
     dtype_name = next(name for name, dtype in DTYPES.items() if dtype == checkpoint.dtype)
-    identity = checkpoint.identity()
     job = {
         "format": manifests.FORMAT,
         "version": manifests.VERSION,
@@ -163,10 +171,8 @@ def _build(directory: Path, checkpoint: Checkpoint, config: ModelConfig, progres
         "dtype": dtype_name,
         "source": identity,
     }
-    finished = (
-        directory / manifests.FILE_NAME
-    ).exists()  # then it is stale or damaged: nothing of it is kept
-    done = {} if finished else _finished_files(directory, job)
+    refused = (directory / manifests.FILE_NAME).exists()  # a stale or damaged store: nothing of it is kept
+    done = {} if refused else _finished_files(directory, job)
     _note(directory, job, done)
     if not done:
         _clear(directory)

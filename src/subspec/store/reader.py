@@ -1,13 +1,11 @@
 """Open a store: what lies where, checked when first read."""
 
-import zlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load
 
-from subspec.errors import StoreError
-from subspec.memory.disk import ImageFile, writable
+from subspec.memory.disk import ImageFile, check_crc32, writable
 from subspec.memory.streamer import Unit
 from subspec.models.config import ModelConfig
 from subspec.store.manifest import Manifest
@@ -85,9 +83,4 @@ class Store:
         Raises:
             StoreError: they differ.
         """
-        found, expected = zlib.crc32(content), self.manifest.files[name].crc32
-        if found != expected:
-            raise StoreError(
-                f"{self.directory / name} is damaged: its CRC-32 is {found:08x}, the manifest says "
-                f"{expected:08x}; prepare the model again with: subspec prepare --rebuild"
-            )
+        check_crc32(content, self.manifest.files[name].crc32, self.directory / name)

@@ -4,16 +4,14 @@ A pass needs a few rows of a table that may be the largest tensor of the model: 
 of disk. Every row is checked against its own checksum.
 """
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-from subspec.errors import StoreError
 from subspec.memory.arena import Arena, map_bytes
-from subspec.memory.disk import ImageFile, writable
+from subspec.memory.disk import ImageFile, check_crc32, writable
 from subspec.memory.tiers import PAGE_BYTES, page_aligned
 from subspec.store.layout import head_chunks, head_file
 from subspec.store.reader import Store
@@ -100,11 +98,8 @@ class EmbeddingRows:
         last = page_aligned(offset + self._row_bytes)
         file.read(writable(buffer)[: last - first], first)
         content = buffer[offset - first : offset - first + self._row_bytes]
-        if zlib.crc32(writable(content)) != int(self._checksums[token]):
-            raise StoreError(
-                f"{file.path} is damaged: the embedding of token {token} has a wrong CRC-32; prepare the "
-                "model again with: subspec prepare --rebuild"
-            )
+        expected = int(self._checksums[token])
+        check_crc32(writable(content), expected, file.path, f"the embedding of token {token}")
         return content.view(self._dtype)
 
     def _keep(self, token: int, row: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,10 @@ class StoreWriter:
         """Every file of the store, in the order of writing."""
         for index in range(self.config.layers):
             names = layout.layer_file(index, "exact"), layout.layer_file(index, "substitute")
-            yield Task(names, lambda index=index: self._layer(index))  # type: ignore[misc]
+            yield Task(names, partial(self._layer, index))
         for index, chunk in enumerate(layout.head_chunks(self.config, self.itemsize)):
             names = layout.head_file(index, "exact"), layout.head_file(index, "substitute")
-            yield Task(names, lambda index=index, chunk=chunk: self._head(index, chunk))  # type: ignore[misc]
+            yield Task(names, partial(self._head, index, chunk))
         if not self.config.tied_embeddings:
             yield Task(("embedding.exact",), self._embedding)
         yield Task(("small.safetensors",), self._small)
@@ -54,10 +55,8 @@ class StoreWriter:
 
     def _layer(self, index: int) -> dict[str, FileRecord]:
         """Both forms of a layer."""
-        exact_name, substitute_name = (
-            layout.layer_file(index, "exact"),
-            layout.layer_file(index, "substitute"),
-        )
+        exact_name = layout.layer_file(index, "exact")
+        substitute_name = layout.layer_file(index, "substitute")
         tiles: list[torch.Tensor] = []
 
         def matrices() -> Iterator[torch.Tensor]:
@@ -113,9 +112,9 @@ class StoreWriter:
     def _write(self, name: str, tensors: Iterable[torch.Tensor], *, padded: bool = True) -> FileRecord:
         """Write tensors one after another, padded to whole pages; when this returns they are on disk."""
         path = self.directory / name
-        partial = path.with_name(name + ".partial")
+        unfinished = path.with_name(name + ".partial")
         crc32 = n_bytes = 0
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             for tensor in tensors:
                 content = _bytes(tensor)
                 file.write(content.data)
@@ -125,7 +124,7 @@ class StoreWriter:
             crc32, n_bytes = zlib.crc32(padding, crc32), n_bytes + len(padding)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        unfinished.replace(path)
         drop_cached(path)
         return FileRecord(n_bytes, crc32)
 
