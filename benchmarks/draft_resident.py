@@ -24,8 +24,9 @@ def exact_where_resident(llm: LLM) -> list[LayerProducts]:
     """The draft's layers with exact products wherever the weights are resident."""
     engine = llm.engine
     mixed = list(engine._draft_layers.layers())
-    for index, memory in engine._resident.items():
-        mixed[index] = engine._exact_layer(index, memory)
+    for index, unit in enumerate(engine._layers):
+        if unit.stays:
+            mixed[index] = LayerProducts(*engine._acquire(unit))
     return mixed
 
 

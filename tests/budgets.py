@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from subspec.errors import BudgetError
+from subspec.planning.hardware import stored_images
 from subspec.planning.plan import Request, make_plan
 from subspec.store.reader import Store
 
@@ -15,10 +16,11 @@ def least_budget(store: Path, **wishes: Any) -> tuple[int, int]:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            make_plan(opened.config, opened.dtype.itemsize, small, Request(middle, **wishes))
+            request = Request(middle, **wishes)
+            make_plan(opened.config, opened.dtype.itemsize, small, request, stored_images(opened))
             high = middle
         except BudgetError:
             low = middle
-    unit = max(path.stat().st_size for path in opened.images() if "embedding" not in path.name)
+    unit = max(path.stat().st_size for path in opened.images())
     opened.close()
     return high, unit

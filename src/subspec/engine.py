@@ -13,14 +13,16 @@ import torch
 from subspec.memory.arena import Arena, map_bytes
 from subspec.memory.streamer import Streamer
 from subspec.memory.tiers import MemoryBudget, page_aligned
-from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows
+from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, RowProduct, Rows
 from subspec.models.kv_cache import KVCache
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.models.operations import operations
 from subspec.planning.plan import Plan
+from subspec.store.exact import chunk_shapes, exact_bytes, layer_shapes, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
+from subspec.substitute.exact import Shape, UnitProducts
 from subspec.substitute.layout import tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 
@@ -37,10 +39,37 @@ class Counters:
     wait_s: float
 
 
-class Engine:
-    """A model under a plan.  Not thread-safe: one text at a time."""
+@dataclass(frozen=True)
+class _Unit:
+    """A layer, or a chunk of the output head: what is streamed whole.
 
-    def __init__(self, store: Store, plan: Plan, progress: Progress | None = None) -> None:
+    Attributes:
+        name: of its image.
+        shapes: its matrices; ``tiles``: their substitutes; ``biases``: theirs.
+        stays: whether it is resident; ``stays_plain``: as plain weights.
+    """
+
+    name: str
+    shapes: list[Shape]
+    tiles: torch.Tensor
+    biases: list[torch.Tensor | None]
+    stays: bool
+    stays_plain: bool
+
+
+class Engine:
+    """A model under a plan.  Not thread-safe: one text at a time.
+
+    Args:
+        store: the prepared model; closed with the engine.
+        plan: what to keep where.
+        progress: called with (task, done, total) while loading.
+        paranoid: verify checksums on every read.
+    """
+
+    def __init__(
+        self, store: Store, plan: Plan, progress: Progress | None = None, *, paranoid: bool = False
+    ) -> None:
         self.store, self.plan, self.config = store, plan, store.config
         self.budget = MemoryBudget(plan.budget_bytes)
         self._arena = Arena(self.budget)
@@ -60,12 +89,14 @@ class Engine:
         )
         slots = [self._arena.bytes("slots", plan.slot_bytes) for _ in range(plan.slots)]
         self.product = self._choose_product(slots)
-        self._draft_layers, self._draft_head = self._load_substitutes(progress)
-        self._resident, self._resident_chunks = self._load_resident(progress)
-        names = [layer_file(i, "exact") for i in range(self.config.layers) if i not in self._resident]
-        names += [head_file(i, "exact") for i in range(len(self._chunks)) if i not in self._resident_chunks]
-        if names:
-            self._streamer = Streamer([store.unit(name) for name in names], slots)
+        self._products = UnitProducts(self.product, store.dtype, self._scratch())
+        self._draft_layers, self._draft_head, tiles = self._load_substitutes(progress)
+        self._layers = [self._layer_unit(index, part) for index, part in enumerate(tiles)]
+        self._head = [self._head_unit(index) for index in range(len(self._chunks))]
+        self._resident = self._load_resident(progress)
+        streamed = [unit.name for unit in [*self._layers, *self._head] if not unit.stays]
+        if streamed:
+            self._streamer = Streamer([store.unit(name) for name in streamed], slots, paranoid=paranoid)
 
     # --- the two passes ---
 
@@ -83,11 +114,10 @@ class Engine:
         )
         wanted = self._normed(hidden[-1:] if last_only else hidden)
         logits = torch.empty((wanted.shape[0], self.config.vocab_size), dtype=self.store.dtype)
-        for index, chunk in enumerate(self._chunks):
-            memory = self._acquire(self._resident_chunks.get(index))
-            weight = self._matrix(memory, chunk.stop - chunk.start, self.config.hidden_size)
-            logits[:, chunk.start : chunk.stop] = self.product(wanted, weight, None)
-            self._release(index in self._resident_chunks)
+        for chunk, unit in zip(self._chunks, self._head, strict=True):
+            (product,) = self._acquire(unit)
+            logits[:, chunk.start : chunk.stop] = product(wanted)
+            self._release(unit)
         return logits  # (T, V)
 
     def draft(self, rows: Rows) -> torch.Tensor:
@@ -141,8 +171,17 @@ class Engine:
         largest = page_aligned(max(n * k for n, k in shapes) * itemsize)
         return choose_product(shapes, self.store.dtype, slots[0] if slots else map_bytes(largest))
 
-    def _load_substitutes(self, progress: Progress | None) -> tuple["_Draft", SubstituteLinear]:
-        """Read every substitute into memory."""
+    def _scratch(self) -> torch.Tensor | None:
+        """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""
+        if self.product.native or self.store.manifest.codec == "raw":
+            return None
+        shapes = [*layer_shapes(self.store), *chunk_shapes(self.store, self._chunks[0])]
+        return map_bytes(page_aligned(max(shape.n * shape.k for shape in shapes) * self.store.dtype.itemsize))
+
+    def _load_substitutes(
+        self, progress: Progress | None
+    ) -> tuple["_Draft", SubstituteLinear, list[torch.Tensor]]:
+        """Read every substitute into memory: the draft's layers, its head, and each layer's tiles."""
         per_layer = page_aligned(sum(tile_bytes(matrix.n, matrix.k) for matrix in self._matrices))
         memory = self._arena.bytes("substitutes", per_layer * self.config.layers).view(
             self.config.layers, per_layer
@@ -156,7 +195,7 @@ class Engine:
                 for m, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
             layers.append(LayerProducts(*weights))
-        return _Draft(layers), self._load_draft_head()
+        return _Draft(layers), self._load_draft_head(), list(memory)
 
     def _load_draft_head(self) -> SubstituteLinear:
         """The head's substitute as one run of tiles, put together from its chunks."""
@@ -169,18 +208,43 @@ class Engine:
             tiles[offset : offset + size] = scratch[:size]
         return SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
 
-    def _load_resident(
-        self, progress: Progress | None
-    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-        """Read the exact images that stay: by layer, and by head chunk."""
-        layers, chunks = self.plan.resident_layers, range(self.plan.resident_chunks)
-        names = [layer_file(i, "exact") for i in layers] + [head_file(i, "exact") for i in chunks]
-        sizes = [self.store.manifest.files[name].n_bytes for name in names]
-        if not names:
-            return {}, {}
+    def _layer_unit(self, index: int, tiles: torch.Tensor) -> _Unit:
+        """A layer."""
+        name, plan = layer_file(index, self.store.form), self.plan
+        stays, stays_plain = index in plan.resident_layers, index in plan.plain_layers
+        return _Unit(name, layer_shapes(self.store), tiles, self._biases[index], stays, stays_plain)
+
+    def _head_unit(self, index: int) -> _Unit:
+        """A chunk of the output head; its substitute is a part of the draft head's."""
+        chunk, hidden = self._chunks[index], self.config.hidden_size
+        tiles = self._draft_head.tiles[tile_bytes(chunk.start, hidden) : tile_bytes(chunk.stop, hidden)]
+        name, plan = head_file(index, self.store.form), self.plan
+        stays, stays_plain = index < plan.resident_chunks, index < plan.plain_chunks
+        return _Unit(name, chunk_shapes(self.store, chunk), tiles, [None], stays, stays_plain)
+
+    def _load_resident(self, progress: Progress | None) -> dict[str, torch.Tensor]:
+        """Read the images that stay, and rebuild those that stay as plain weights; by name."""
+        kept = [unit for unit in [*self._layers, *self._head] if unit.stays]
+        if not kept:
+            return {}
+        images = self.store.manifest.files
+        sizes = [
+            exact_bytes(self.store, unit.shapes) if unit.stays_plain else images[unit.name].n_bytes
+            for unit in kept
+        ]
         memory = torch.split(self._arena.bytes("resident", sum(sizes)), sizes)
-        self._load_all("loading resident layers", list(zip(names, memory, strict=True)), progress)
-        return dict(zip(layers, memory, strict=False)), dict(zip(chunks, memory[len(layers) :], strict=True))
+        places = list(zip(kept, memory, strict=True))
+        rebuilt = [pair for pair in places if pair[0].stays_plain and self.store.form == "residual"]
+        for done, (unit, place) in enumerate(rebuilt, start=1):
+            image = map_bytes(images[unit.name].n_bytes)
+            self.store.load(unit.name, image)
+            rebuild(self.store, image, unit.tiles, unit.shapes, place)
+            if progress is not None:
+                progress("rebuilding resident layers", done, len(rebuilt))
+        ready = {unit.name for unit, _ in rebuilt}
+        as_stored = [(unit.name, place) for unit, place in places if unit.name not in ready]
+        self._load_all("loading resident layers", as_stored, progress)
+        return {unit.name: place for unit, place in places}
 
     def _load_all(self, task: str, jobs: list[tuple[str, torch.Tensor]], progress: Progress | None) -> None:
         """Load images into memory with a few threads."""
@@ -191,29 +255,19 @@ class Engine:
 
     # --- one sweep ---
 
-    def _acquire(self, resident: torch.Tensor | None) -> torch.Tensor:
-        """A unit's bytes: the resident ones, or the next of the stream."""
-        if resident is not None:
-            return resident
-        assert self._streamer is not None
-        return self._streamer.acquire()
+    def _acquire(self, unit: _Unit) -> list[RowProduct]:
+        """A unit's products: of the resident one, or of the next of the stream; valid until ``_release``."""
+        if unit.stays:
+            memory, plain = self._resident[unit.name], unit.stays_plain
+        else:
+            assert self._streamer is not None
+            memory, plain = self._streamer.acquire(), self.store.form == "exact"
+        return self._products.of(memory, plain, unit.tiles, unit.shapes, unit.biases)
 
-    def _release(self, resident: bool) -> None:
+    def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""
-        if not resident and self._streamer is not None:
+        if not unit.stays and self._streamer is not None:
             self._streamer.release()
-
-    def _matrix(self, memory: torch.Tensor, n: int, k: int) -> torch.Tensor:
-        """The first n·k weights in ``memory``, a view (N, K)."""
-        return memory[: n * k * self.store.dtype.itemsize].view(self.store.dtype).view(n, k)
-
-    def _exact_layer(self, index: int, memory: torch.Tensor) -> LayerProducts:
-        """A layer's products over its exact image."""
-        products = []
-        for matrix, bias in zip(self._matrices, self._biases[index], strict=True):
-            weight = self._matrix(memory[matrix.exact_offset :], matrix.n, matrix.k)
-            products.append(lambda x, weight=weight, bias=bias: self.product(x, weight, bias))
-        return LayerProducts(*products)
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, (T, C)."""
@@ -228,11 +282,9 @@ class _Sweep:
 
     def layers(self) -> Iterator[LayerProducts]:
         """One sweep over the layers; a broken sweep leaves its slot to the next one's ``rewind``."""
-        engine = self._engine
-        for index in range(engine.config.layers):
-            resident = engine._resident.get(index)
-            yield engine._exact_layer(index, engine._acquire(resident))
-            engine._release(resident is not None)
+        for unit in self._engine._layers:
+            yield LayerProducts(*self._engine._acquire(unit))
+            self._engine._release(unit)
 
 
 class _Draft:

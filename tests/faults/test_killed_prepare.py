@@ -85,7 +85,10 @@ def check_resumed(model: Path, store: Path, reference: dict[str, bytes]) -> None
     prepare(model, store=store)
     assert contents(store) == reference
     for name, state in before.items():
-        if {name.replace(".exact", ".substitute"), name.replace(".substitute", ".exact")} - before.keys():
+        if {
+            name.replace(".residual", ".substitute"),
+            name.replace(".substitute", ".residual"),
+        } - before.keys():
             continue  # both forms of a layer are made together
         assert ((store / name).stat().st_ino, (store / name).stat().st_mtime_ns) == state, (
             f"{name} was redone"
@@ -138,7 +141,7 @@ def test_it_may_end_while_a_stale_store_is_removed(
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         nonlocal removed
-        removed += path.suffix in (".exact", ".substitute")
+        removed += path.suffix in (".exact", ".residual", ".substitute")
         if removed == 3:
             raise Stopped
         real(path, missing_ok)
@@ -165,10 +168,10 @@ def test_a_store_that_was_complete_when_the_run_ended_can_be_rebuilt(
         with pytest.raises(Stopped):
             prepare(model, store=store)
     prepare(model, store=store)
-    good = (store / "layer-0000.exact").read_bytes()
-    (store / "layer-0000.exact").write_bytes(bytes(len(good)))
+    good = (store / "layer-0000.residual").read_bytes()
+    (store / "layer-0000.residual").write_bytes(bytes(len(good)))
     prepare(model, store=store, rebuild=True)
-    assert (store / "layer-0000.exact").read_bytes() == good
+    assert (store / "layer-0000.residual").read_bytes() == good
 
 
 def test_noted_files_that_are_gone_or_cut_are_made_again(model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from subspec import LLM, SamplingParams
 from subspec.errors import OptionError
+from subspec.planning.hardware import stored_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +100,8 @@ def test_the_same_text_for_every_budget(
                 found = other.generate(random_prompt(70), params, mode=mode)
                 assert found.token_ids == plain[name], (budget, name)
                 assert (found.statistics.streamed_bytes > 0) == (streamed[-1] > 0)
-    whole = llm.plan.parts["resident"]
+    images = stored_images(llm.engine.store)
+    whole = sum(images.layers) + sum(images.chunks)
     assert streamed[0] == whole, "the least budget must stream everything"
     assert streamed[-1] == 0
     assert any(0 < size < whole for size in streamed)

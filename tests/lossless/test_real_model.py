@@ -42,10 +42,10 @@ def model(demo_file: Path, demo_store: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def small_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
-    """A sixth of the exact weights streamed, other chunks of the prompt, another tree."""
+    """A good part of the exact weights streamed and rebuilt, other chunks of the prompt, another tree."""
     held, resident = model.plan.held_bytes, model.plan.parts["resident"]
     settings = {"context": 512, "depth": 10, "width": 3, "nodes": 20, "prefill_chunk": 7}
-    with LLM(demo_store, held - resident // 6, store=None, **settings) as llm:  # type: ignore[arg-type]
+    with LLM(demo_store, held - resident * 3 // 4, store=None, **settings) as llm:  # type: ignore[arg-type]
         assert llm.plan.streamed_bytes > resident // 10
         yield llm
 

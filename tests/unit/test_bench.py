@@ -98,7 +98,11 @@ def test_modes_take_turns_and_the_link_is_measured_between(
     seen: list[tuple[int, int]] = []
     settings = Settings(max_new_tokens=6, plain_max_new_tokens=2, temperature=0.5, seed=3)
     runs = run_prompts(
-        llm, load_prompts(prompts, 2), settings, meter, lambda _, done, total: seen.append((done, total))
+        lambda _: llm,
+        load_prompts(prompts, 2),
+        settings,
+        meter,
+        lambda _, done, total: seen.append((done, total)),
     )
     assert [(one["prompt_id"], one["mode"], one["new_tokens"]) for one in runs] == [
         (0, "plain", 2), (0, "speculative", 6), (5, "plain", 2), (5, "speculative", 6),
@@ -117,16 +121,17 @@ def test_modes_take_turns_and_the_link_is_measured_between(
 def test_nothing_streamed_means_nothing_measured(prompts: Path, tmp_path: Path) -> None:
     meter = meter_with(tmp_path, CANDIDATES[0])
     llm: Any = FakeLLM("model")
-    runs = run_prompts(llm, load_prompts(prompts, 1), Settings(), meter, lambda *_: None)
+    runs = run_prompts(lambda _: llm, load_prompts(prompts, 1), Settings(), meter, lambda *_: None)
     assert meter.best_bytes_per_s is None
     assert [one["link_utilization"] for one in runs] == [None, None]
 
 
 def test_only_streamed_images_are_measured(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
-    for name in ("one/layer-0000.exact", "one/layer-0000.substitute", "one/tokenizer.json"):
+    images = ["one/layer-0000.exact", "one/layer-0000.residual"]
+    for name in (*images, "one/layer-0000.substitute", "one/tokenizer.json"):
         (tmp_path / name).write_bytes(bytes(10))
-    assert image_files(tmp_path) == [tmp_path / "one" / "layer-0000.exact"]
+    assert image_files(tmp_path) == [tmp_path / name for name in images]
 
 
 def test_a_run_has_the_fields_of_result_files() -> None:

@@ -29,7 +29,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if library is None:
         pytest.skip(reason)
     monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, library, {}))
-    monkeypatch.setattr(exact, "_pairs", lambda _: int(bool(paired)))
+    monkeypatch.setattr(exact, "pairs", lambda _: int(bool(paired)))
     if paired and "linear" not in request.node.name and "rounding" not in request.node.name:
         pytest.skip("only products have two ways")
     return name

@@ -158,7 +158,7 @@ def test_a_stale_store_is_rebuilt(
     before = times(store)
     change(model)
     prepare(model, store=store)
-    assert times(store)["layer-0000.exact"] != before["layer-0000.exact"]
+    assert times(store)["layer-0000.substitute"] != before["layer-0000.substitute"]
     assert contents(store) == contents(prepare(model, store=tmp_path / "fresh"))
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_store_of_another_model_is_not_overwritten(
         data = json.loads((store / FILE_NAME).read_text())
         (store / FILE_NAME).write_text(json.dumps({**data, "version": 0}))
     else:
-        (store / "layer-0000.exact").unlink()
+        (store / "layer-0000.residual").unlink()
     other = write_tiny(tmp_path / "other", "qwen2", torch.bfloat16, seed=3)
     with pytest.raises(StoreError):
         prepare(other, store=store)
@@ -294,7 +294,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * 1024))
     with pytest.raises(StoreError, match=r"needs \d+\.\d+KiB more at .*store; 100.00KiB is free: .*--store"):
         prepare(model, store=store)
-    assert not [path for path in store.rglob("*") if path.suffix in (".exact", ".substitute")]
+    assert not [path for path in store.rglob("*") if path.suffix in (".exact", ".residual", ".substitute")]
     monkeypatch.undo()
     prepare(model, store=store)
 
@@ -360,8 +360,8 @@ def test_a_store_in_place_of_a_model_is_neither_rebuilt_nor_converted(model: Pat
     with pytest.raises(OptionError, match="was prepared in bfloat16: .* --dtype float32"):
         prepare(store, dtype="float32")
     assert prepare(store, dtype="bfloat16") == store
-    (store / "layer-0001.exact").unlink()
-    with pytest.raises(StoreError, match=r"layer-0001\.exact is missing"):
+    (store / "layer-0001.residual").unlink()
+    with pytest.raises(StoreError, match=r"layer-0001\.residual is missing"):
         prepare(store)
 
 

@@ -1,12 +1,12 @@
 """Embedding rows: the checkpoint's own, whatever the cache remembers, and never damaged ones."""
 
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from subspec.errors import BudgetError, StoreError
 from subspec.memory.arena import Arena
 from subspec.memory.disk import ImageFile
 from subspec.memory.tiers import MemoryBudget
+from subspec.store.layout import head_chunks
 from subspec.store.prepare import prepare
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
@@ -75,7 +76,8 @@ def test_recent_rows_are_not_read_again_and_the_oldest_go_first(
 
     with opened(prepared[0]) as rows:
         monkeypatch.setattr(ImageFile, "read", counted)
-        expected = 0
+        rows.lookup([200])
+        reads_a_row, reads, expected = reads, 0, 0
         recent: list[int] = []  # least recently used first
         rng = random.Random(3)
         for _ in range(300):
@@ -83,9 +85,9 @@ def test_recent_rows_are_not_read_again_and_the_oldest_go_first(
             expected += token not in recent
             recent = [*(other for other in recent if other != token), token][-CACHE_ROWS:]
             rows.lookup([token])
-            assert reads == expected
+            assert reads == expected * reads_a_row
         rows.lookup([100, 100, 101, 100])
-        assert reads == expected + 2
+        assert reads == (expected + 2) * reads_a_row
 
 
 def test_the_cache_is_within_the_budget(prepared: tuple[Path, torch.Tensor]) -> None:
@@ -100,45 +102,66 @@ def test_the_cache_is_within_the_budget(prepared: tuple[Path, torch.Tensor]) -> 
 
 
 def test_a_damaged_row_is_refused_and_its_neighbours_are_not(prepared: tuple[Path, torch.Tensor]) -> None:
+    """Neighbours are all rows but those whose bytes are read and rebuilt together with the damaged one's."""
     store, embedding = prepared
     damaged = 137
-    names = json.loads((store / "manifest.json").read_text())["files"]
-    name = "embedding.exact" if "embedding.exact" in names else None
-    offset = damaged * 200 + 77
-    if name is None:
-        chunk = next(n for n in sorted(names) if n.startswith("head-") and n.endswith("exact"))
-        rows_a_chunk = names[chunk]["n_bytes"] // 200
-        assert rows_a_chunk > damaged or len([n for n in names if n.startswith("head")]) > 2
-        offset, name = _place(store, embedding[damaged])
-    path = store / name
+    path, offset, together = _place(store, damaged)
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x10
     path.write_bytes(content)
     with opened(store) as rows:
-        others = [token for token in range(VOCABULARY) if token != damaged]
+        others = [token for token in range(VOCABULARY) if token not in together]
         assert torch.equal(rows.lookup(others), embedding[others])
         for tokens in ([damaged], [1, damaged, 2]):
             with pytest.raises(
-                StoreError, match=rf"{name} is damaged: the embedding of token {damaged} .*--reb"
+                StoreError, match=rf"{path.name} is damaged: the embedding of token {damaged} .*--reb"
             ):
                 rows.lookup(tokens)
-        assert torch.equal(rows.lookup([damaged - 1, damaged + 1]), embedding[[damaged - 1, damaged + 1]])
+        assert torch.equal(rows.lookup([others[0], others[-1]]), embedding[[others[0], others[-1]]])
 
 
-def _place(store: Path, row: torch.Tensor) -> tuple[int, str]:
-    """Where a row's bytes lie."""
-    wanted = row.view(torch.uint8).numpy().tobytes()
-    for path in sorted(store.glob("head-*.exact")):
-        place = path.read_bytes().find(wanted)
-        if place >= 0:
-            return place, path.name
-    raise AssertionError("the row is nowhere")
+def _place(store: Path, token: int) -> tuple[Path, int, range]:
+    """A file and a byte of it that a row of 100 weights depends on; the rows that may depend on it too."""
+    if (store / "embedding.exact").exists():
+        return store / "embedding.exact", token * 200 + 77, range(token, token + 1)
+    opened_store = Store(store)
+    chunks = head_chunks(opened_store.config, 2)
+    opened_store.close()
+    index = next(i for i, chunk in enumerate(chunks) if chunk.start <= token < chunk.stop)
+    row = token - chunks[index].start
+    path = store / f"head-{index:04d}.residual"
+    start = int.from_bytes(path.read_bytes()[:8], "little")
+    directory = np.frombuffer(path.read_bytes(), "<u4", offset=start, count=2 * (row // 16) + 1)
+    payload = start + 4 * (2 * -(-(chunks[index].stop - chunks[index].start) // 16) + 1)
+    first = chunks[index].start + row // 16 * 16
+    # About in the middle of the row's share of the tile's payload.
+    tile = payload + int(directory[-1])
+    return path, tile + int((row % 16 + 0.5) * 62), range(first, first + 16)
+
+
+@pytest.mark.parametrize("entry", [-1, 0, 1, 2])
+def test_a_damaged_directory_is_refused(tmp_path: Path, entry: int) -> None:
+    """The offsets that lead to a row: whatever they become, an error says so, and nothing crashes."""
+    changes: dict[str, Any] = {"hidden_size": 100, "tie_word_embeddings": True}
+    store = prepare(
+        write_tiny(tmp_path / "model", "qwen2", torch.bfloat16, **changes), store=tmp_path / "store"
+    )
+    path = store / "head-0000.residual"
+    good = path.read_bytes()
+    place = 0 if entry < 0 else int.from_bytes(good[:8], "little") + 4 * entry
+    for value in (0, 1, 12345, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
+        written = value.to_bytes(4, "little")
+        if good[place : place + 4] == written:
+            continue
+        path.write_bytes(good[:place] + written + good[place + 4 :])
+        with opened(store) as rows, pytest.raises(StoreError, match=path.name):
+            rows.lookup([3])
 
 
 def test_a_row_that_cannot_be_read_is_an_error(prepared: tuple[Path, torch.Tensor]) -> None:
     store, _ = prepared
     with opened(store) as rows:
-        for path in [*store.glob("embedding.exact"), *store.glob("head-*.exact")]:
+        for path in [*store.glob("embedding.exact"), *store.glob("head-*.residual")]:
             path.write_bytes(b"")
-        with pytest.raises(StoreError, match=r"(embedding|head-\d+).exact ends at byte"):
+        with pytest.raises(StoreError, match=r"(embedding|head-\d+).(exact|residual) ends at byte"):
             rows.lookup([3])

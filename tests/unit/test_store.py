@@ -47,7 +47,7 @@ def as_bytes(tensors: list[torch.Tensor]) -> bytes:
 def test_the_bytes_are_the_checkpoints(tmp_path: Path, family: str, dtype: torch.dtype, tied: bool) -> None:
     model = write_tiny(tmp_path / "model", family, dtype, tie_word_embeddings=tied, vocab_size=333)
     weights = load_file(model / "model.safetensors")
-    store = Store(prepare(model, store=tmp_path / "store"))
+    store = Store(prepare(model, store=tmp_path / "store", stream="raw"))
     assert store.dtype == dtype
     for index in range(store.config.layers):
         fused = [
@@ -100,18 +100,36 @@ def test_the_layout_covers_everything_once(vocabulary: int, hidden: int) -> None
             tiles += tile_bytes(matrix.n, matrix.k)
 
 
-def test_the_announced_size_is_that_of_the_images(prepared: Path) -> None:
-    store = Store(prepared)
-    images = [path for path in prepared.iterdir() if path.suffix in (".exact", ".substitute")]
+def test_the_announced_size_is_that_of_the_images(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", "llama", torch.bfloat16)
+    store = Store(prepare(model, store=tmp_path / "store", stream="raw"))
+    images = [path for path in store.directory.iterdir() if path.suffix in (".exact", ".substitute")]
     assert all(path.stat().st_size % PAGE_BYTES == 0 for path in images)
-    assert store_bytes(store.config, store.dtype.itemsize) == sum(path.stat().st_size for path in images)
-    assert {path.name for path in store.images()} == {path.name for path in images if path.suffix == ".exact"}
+    announced = store_bytes(store.config, store.dtype.itemsize, "raw")
+    assert announced == sum(path.stat().st_size for path in images)
+    streamed = {path.name for path in images if path.suffix == ".exact" and "embedding" not in path.name}
+    assert {path.name for path in store.images()} == streamed
+    store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_residual_images_are_smaller_than_announced(tmp_path: Path, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 2000}
+    model = write_tiny(tmp_path / "model", "llama", dtype, **sizes)
+    store = Store(prepare(model, store=tmp_path / "store"))
+    assert store.form == "residual"
+    images = [path for path in store.directory.iterdir() if path.suffix in (".residual", ".substitute")]
+    images.append(store.directory / "embedding.exact")
+    assert all(path.stat().st_size % PAGE_BYTES == 0 for path in images)
+    stored = sum(path.stat().st_size for path in images)
+    assert stored <= store_bytes(store.config, store.dtype.itemsize, "residual")
+    assert stored < store_bytes(store.config, store.dtype.itemsize, "raw")
     store.close()
 
 
 def test_units_are_whole_files(prepared: Path) -> None:
     store = Store(prepared)
-    unit = store.unit(layer_file(1, "exact"))
+    unit = store.unit(layer_file(1, store.form))
     assert unit.n_bytes == unit.file.n_bytes == (prepared / unit.name).stat().st_size
     assert store.file(unit.name) is unit.file
     assert store.direct in (True, False)
@@ -137,10 +155,11 @@ def edit(store: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "format version 99, codec 'raw', .*; this subspec reads format version 1, "),
+        ({"version": 99}, "format version 99, codec residual, .*; this subspec reads format version 2, "),
+        ({"version": 1, "codec": "raw"}, "format version 1, codec raw, .*; .*: prepare the model again"),
         (
             {"codec": "zip"},
-            "codec 'zip', .*; this subspec reads format version 1, codec 'raw', .*: prepare the model again",
+            "codec zip, .*; this subspec reads format version 2, codec residual or raw, .*: prepare the",
         ),
         ({"format": "else"}, "manifest.json is not a manifest of a subspec store"),
         ({"dtype": "int3"}, "manifest.json is damaged .*int3.*: prepare the model again"),

@@ -16,14 +16,14 @@ CANDIDATES = tuple(itertools.product((1, 2, 4), (4 << 20, 8 << 20, 16 << 20)))
 BYTES_EACH = 768 << 20
 SETTLE_S = 0.2
 WARM_UP_BYTES = 512 << 20
-IMAGE_SUFFIX = ".exact"
+IMAGE_SUFFIXES = (".exact", ".residual")
 
 Reader = Callable[[Sequence[Path], int, int, int], Any]
 
 
 def image_files(store: Path) -> list[Path]:
     """The files of a store, or of a directory of stores, that are streamed from, in name order."""
-    return sorted(store.rglob(f"*{IMAGE_SUFFIX}"))
+    return sorted(path for path in store.rglob("*") if path.suffix in IMAGE_SUFFIXES)
 
 
 class LinkMeter:

@@ -18,31 +18,41 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 
     Returns:
         ``tok_s``: the median per mode; ``speedup``: the median of the per-prompt ratios speculative ÷ plain;
+        ``speedup_over_raw``: of speculative ÷ raw; ``sweep_ratio``: of the seconds of a sweep, raw ÷ plain;
         ``acceptance_length``: tokens committed per step over all speculative steps; ``link_utilization``:
-        the median per mode; ``identical``: whether both modes gave the same tokens (see ``same_tokens``),
+        the median per mode; ``identical``: whether all modes gave the same tokens (see ``same_tokens``),
         ``None`` if there was nothing to compare.  A figure that the runs do not give is ``None``.
     """
     modes = list(dict.fromkeys(run["mode"] for run in runs))
-    pairs = paired(runs)
-    ratios = [ratio for plain, speculative in pairs if (ratio := speedup(plain, speculative)) is not None]
+    pairs, raw_pairs, plain_pairs = paired(runs), paired(runs, "raw"), paired(runs, "raw", "plain")
+    compared = [*pairs, *raw_pairs, *plain_pairs]
     speculative = [run for run in runs if run["mode"] == "speculative"]
     return {
         "tok_s": {mode: _median([run["tok_s"] for run in runs if run["mode"] == mode]) for mode in modes},
-        "speedup": _median(ratios),
+        "speedup": _median([speedup(*pair) for pair in pairs]),
+        "speedup_over_raw": _median([speedup(*pair) for pair in raw_pairs]),
+        "sweep_ratio": _median(
+            [sweep_s(raw) / sweep_s(plain) for raw, plain in plain_pairs if plain["steps"]]
+        ),
         "acceptance_length": _acceptance_length(speculative),
         "link_utilization": {
             mode: _median([run["link_utilization"] for run in runs if run["mode"] == mode]) for mode in modes
         },
-        "identical": all(same_tokens(*pair) for pair in pairs) if pairs else None,
+        "identical": all(same_tokens(*pair) for pair in compared) if compared else None,
     }
 
 
-def paired(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """The plain and the speculative run of every prompt that has both."""
+def paired(runs: Sequence[Run], one: str = "plain", other: str = "speculative") -> list[tuple[Run, Run]]:
+    """The runs of two modes on every prompt that has both."""
     prompts = list(dict.fromkeys(run["prompt_id"] for run in runs))
     found = {(run["prompt_id"], run["mode"]): run for run in runs}
-    pairs = ((found.get((prompt, "plain")), found.get((prompt, "speculative"))) for prompt in prompts)
-    return [(plain, speculative) for plain, speculative in pairs if plain and speculative]
+    pairs = ((found.get((prompt, one)), found.get((prompt, other))) for prompt in prompts)
+    return [(first, second) for first, second in pairs if first and second]
+
+
+def sweep_s(run: Run) -> float:
+    """Seconds of a sweep: of a step, in a plain mode."""
+    return float(run["decode_s"] / run["steps"]) if run["steps"] else 0.0
 
 
 def same_tokens(one: Run, other: Run) -> bool:
@@ -87,27 +97,34 @@ def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
     modes = list(summary["tok_s"])
     linked = "plain" if "plain" in modes else modes[0]
     names = ["prompt", *(f"{mode}\ntok/s" for mode in modes)]
-    names += ["speed-up", "acceptance\nlength", f"{linked}\nlink", "identical"]
+    names += ["speed-up", *(["over\nraw"] if "raw" in modes else [])]
+    names += ["acceptance\nlength", f"{linked}\nlink", "identical"]
     grid = Table()
     for name in names:
         grid.add_column(name, justify="right")
-    pairs = {pair[0]["prompt_id"]: pair for pair in paired(runs)}
     for prompt in dict.fromkeys(run["prompt_id"] for run in runs):
-        own = {run["mode"]: run for run in runs if run["prompt_id"] == prompt}
-        pair = pairs.get(prompt)
-        cells = [*(own[mode]["tok_s"] for mode in modes), speedup(*pair) if pair else None]
-        judged, accepting = own[linked], own.get("speculative") or own[modes[0]]
-        cells += [accepting["acceptance_length"], judged["link_utilization"]]
-        grid.add_row(str(prompt), *(_cell(cell) for cell in [*cells, same_tokens(*pair) if pair else None]))
+        own = [run for run in runs if run["prompt_id"] == prompt]
+        grid.add_row(str(prompt), *map(_cell, _cells(summarize(own), modes, linked)))
     grid.add_section()
-    medians = [*summary["tok_s"].values(), summary["speedup"], summary["acceptance_length"]]
-    medians += [summary["link_utilization"][linked], summary["identical"]]
-    grid.add_row("all", *(_cell(cell) for cell in medians))
+    grid.add_row("all", *map(_cell, _cells(summary, modes, linked)))
     return grid
 
 
+def _cells(summary: dict[str, Any], modes: Sequence[str], linked: str) -> list[float | bool | None]:
+    """A line of the table, of one prompt's summary or of all."""
+    ratios = [summary["speedup"], *([summary["speedup_over_raw"]] if "raw" in modes else [])]
+    accepted = summary["acceptance_length"]
+    return [
+        *summary["tok_s"].values(),
+        *ratios,
+        accepted,
+        summary["link_utilization"][linked],
+        summary["identical"],
+    ]
+
+
 def _acceptance_length(runs: Sequence[Run]) -> float | None:
-    """Tokens per step over all steps of the runs, not the mean of the runs' means."""
+    """Tokens per step over all steps of the runs, not the mean of the runs' means; None without a step."""
     steps = sum(run["steps"] for run in runs)
     return sum(run["acceptance_length"] * run["steps"] for run in runs) / steps if steps else None
 

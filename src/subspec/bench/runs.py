@@ -1,4 +1,8 @@
-"""Run the modes in turn on every prompt, and record each run."""
+"""Run the modes in turn on every prompt, and record each run.
+
+The mode ``raw`` is plain decoding that streams raw weights: what offloading does without any of this.  It
+needs another store, and so another model object; one is open at a time, to have the machine to itself.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +15,8 @@ from subspec.errors import OptionError
 if TYPE_CHECKING:
     from subspec.generation import LLM, Result
 
-MODES = ("plain", "speculative")
+MODES = ("raw", "plain", "speculative")
+DEFAULT_MODES = ("plain", "speculative")
 WARM_UP_TOKENS = 4
 LINK_MEASUREMENTS_BETWEEN = 2
 
@@ -21,11 +26,11 @@ class Settings:
     """What a bench runs.
 
     Attributes:
-        plain_max_new_tokens: a lower limit for the plain mode, which needs fewer tokens to time and takes
+        plain_max_new_tokens: a lower limit for the plain modes, which need fewer tokens to time and take
             longer for each; ``None`` for the same limit.
     """
 
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = DEFAULT_MODES
     max_new_tokens: int = 128
     plain_max_new_tokens: int | None = None
     temperature: float | None = None
@@ -33,7 +38,35 @@ class Settings:
 
     def limit(self, mode: str) -> int:
         """The most new tokens a run of ``mode`` may make."""
-        return self.plain_max_new_tokens or self.max_new_tokens if mode == "plain" else self.max_new_tokens
+        shorter = self.plain_max_new_tokens if mode != "speculative" else None
+        return shorter or self.max_new_tokens
+
+
+class Models:
+    """The models of a bench, one open at a time.
+
+    Args:
+        load: opens the model with the weights streamed as asked: ``raw``, or ``None`` for the default.
+    """
+
+    def __init__(self, load: "Callable[[str | None], LLM]") -> None:
+        self._load = load
+        self._raw = False
+        self._open: LLM | None = None
+
+    def __call__(self, mode: str) -> "LLM":
+        """The model that a mode runs on, opened if need be."""
+        raw = mode == "raw"
+        if self._open is None or raw != self._raw:
+            self.close()
+            self._open, self._raw = self._load("raw" if raw else None), raw
+        return self._open
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 def parse_modes(text: str) -> tuple[str, ...]:
@@ -50,7 +83,7 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 
 def run_prompts(
-    llm: "LLM",
+    models: "Callable[[str], LLM]",
     prompts: Sequence[Prompt],
     settings: Settings,
     meter: LinkMeter,
@@ -58,22 +91,23 @@ def run_prompts(
 ) -> list[dict[str, Any]]:
     """Warm up, then run every mode on every prompt, mode after mode on the same prompt.
 
-    The kept KV is forgotten before each run, so that each prefills its whole prompt.
+    The kept KV is forgotten before each run, so that each prefills its whole prompt.  ``models`` gives the
+    model that a mode runs on.
 
     Returns:
         One record per run, in the order they ran.
     """
     short = replace(settings, max_new_tokens=WARM_UP_TOKENS, plain_max_new_tokens=None)
-    warm = [_run(llm, prompts[0], short, mode) for mode in settings.modes]
+    warm = [_run(models(mode), prompts[0], short, mode) for mode in settings.modes]
     streams = any(result.statistics.streamed_bytes for result in warm)
     if streams:
         meter.measure_all()
-    results: list[tuple[Prompt, Result]] = []
+    results: list[tuple[Prompt, str, Result]] = []
     total = len(prompts) * len(settings.modes)
     for prompt in prompts:
         for mode in settings.modes:
             progress("bench", len(results), total)
-            results.append((prompt, _run(llm, prompt, settings, mode)))
+            results.append((prompt, mode, _run(models(mode), prompt, settings, mode)))
         if streams:
             meter.measure(LINK_MEASUREMENTS_BETWEEN)
     if streams:
@@ -81,7 +115,8 @@ def run_prompts(
     progress("bench", total, total)
     speed = meter.best_bytes_per_s
     return [
-        run_record(result, prompt_id=prompt.prompt_id, link_bytes_per_s=speed) for prompt, result in results
+        {**run_record(result, prompt_id=prompt.prompt_id, link_bytes_per_s=speed), "mode": mode}
+        for prompt, mode, result in results
     ]
 
 
@@ -119,4 +154,5 @@ def _run(llm: "LLM", prompt: Prompt, settings: Settings, mode: str) -> "Result":
         seed=settings.seed,
     )
     llm.reset()
-    return llm.generate([{"role": "user", "content": prompt.text}], params, mode=mode)
+    own_mode = "speculative" if mode == "speculative" else "plain"
+    return llm.generate([{"role": "user", "content": prompt.text}], params, mode=own_mode)

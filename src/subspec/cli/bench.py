@@ -64,19 +64,23 @@ def bench(
     min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = None,
+    paranoid: options.Paranoid = False,
     store: options.Store = None,
     out: Out = None,
 ) -> None:
     """Time the modes in turn on every prompt.  Exits with 1 if their tokens differ."""
     from subspec.bench.link import LinkMeter
     from subspec.bench.prompts import load_prompts
-    from subspec.bench.runs import Settings, parse_modes, run_prompts
+    from subspec.bench.runs import Models, Settings, parse_modes, run_prompts
 
     settings = Settings(parse_modes(modes), max_new_tokens, plain_max_new_tokens, temperature, seed)
     chosen = load_prompts(prompts, limit)
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: there is no directory {out.parent}")
-    engine = {"memory": memory, "context": context, "dtype": dtype, "store": store}
+    if "raw" in settings.modes and (store is not None or stream is not None):
+        raise OptionError("the mode raw has a store of its own: leave out --store and --stream, or raw")
+    engine = {"memory": memory, "context": context, "dtype": dtype, "store": store, "paranoid": paranoid}
     tree = {
         "depth": depth,
         "width": width,
@@ -84,13 +88,17 @@ def bench(
         "min_reach": min_reach,
         "draft_temperature": draft_temperature,
     }
-    with (
-        TerminalProgress() as progress,
-        options.open_llm(model, progress, **engine, **tree) as llm,
-    ):
-        meter = LinkMeter(llm.store_path)
-        runs = run_prompts(llm, chosen, settings, meter, progress)
-        record = _record(llm, settings, meter, runs)
+    with TerminalProgress() as progress:
+        models = Models(
+            lambda form: options.open_llm(model, progress, **engine, **tree, stream=form or stream)
+        )
+        try:
+            llm = models(settings.modes[-1])
+            meter = LinkMeter(llm.store_path)
+            runs = run_prompts(models, chosen, settings, meter, progress)
+            record = _record(models(settings.modes[-1]), settings, meter, runs)
+        finally:
+            models.close()
     _publish(record, out)
 
 

@@ -25,6 +25,8 @@ def chat(
     min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = None,
+    paranoid: options.Paranoid = False,
     store: options.Store = None,
 ) -> None:
     """Talk with a model.  /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -35,6 +37,8 @@ def chat(
         "context": context,
         "mode": mode.value,
         "dtype": dtype,
+        "stream": stream,
+        "paranoid": paranoid,
         "store": store,
     }
     tree = {

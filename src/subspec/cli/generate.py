@@ -54,6 +54,8 @@ def generate(
     min_reach: options.MinReach = None,
     draft_temperature: options.DraftTemperature = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = None,
+    paranoid: options.Paranoid = False,
     store: options.Store = None,
 ) -> None:
     """Answer one prompt.  The text goes to standard output, a line of statistics to standard error."""
@@ -63,6 +65,8 @@ def generate(
         "context": context,
         "mode": mode.value,
         "dtype": dtype,
+        "stream": stream,
+        "paranoid": paranoid,
         "store": store,
     }
     tree = {

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from subspec.cli import bench, chat, demo, doctor, generate, prepare
+from subspec.cli import bench, chat, demo, doctor, generate, prepare, verify
 from subspec.errors import SubspecError
 
 
@@ -46,6 +46,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("prepare")(prepare.prepare)
+app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

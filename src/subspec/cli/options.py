@@ -61,6 +61,18 @@ Dtype = Annotated[
         help="bfloat16, float16 or float32 instead of the model's own.",
     ),
 ]
+Stream = Annotated[
+    str | None,
+    typer.Option(
+        "--stream",
+        metavar="FORM",
+        help="Stream 'residual' or 'raw' weights; the tokens are the same.  [default: residual, fp32: raw]",
+    ),
+]
+Paranoid = Annotated[
+    bool,
+    typer.Option("--paranoid", help="Verify every checksum on every read, not only the first."),
+]
 DecodeMode = Annotated[
     Mode,
     typer.Option("--mode", help="Decode with or without speculation; the tokens are the same."),

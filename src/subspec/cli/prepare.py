@@ -16,6 +16,7 @@ def prepare(
     model: options.Model,
     store: options.Store = None,
     dtype: options.Dtype = None,
+    stream: options.Stream = None,
     rebuild: Rebuild = False,
 ) -> None:
     """Prepare a model for streaming, once.  Prints the store's place; goes on where a killed run stopped."""
@@ -24,7 +25,9 @@ def prepare(
 
     start = time.monotonic()
     with TerminalProgress() as progress:
-        path = prepare_store(model, store=store, dtype=dtype, progress=progress, rebuild=rebuild)
+        path = prepare_store(
+            model, store=store, dtype=dtype, stream=stream, progress=progress, rebuild=rebuild
+        )
     elapsed_s = time.monotonic() - start
     size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(path)

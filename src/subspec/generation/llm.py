@@ -12,6 +12,7 @@ from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
 from subspec.memory.tiers import default_budget, parse_size
+from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.decode import Commit, decode
 from subspec.speculation.sampling import Sampler, SamplingParams
@@ -33,6 +34,10 @@ class LLM:
         min_reach: probability of reaching the last level below which no further one is drafted.
         draft_temperature: divisor of the draft's scores.
         dtype: ``bfloat16``, ``float16`` or ``float32`` instead of the checkpoint's own.
+        stream: how exact weights are kept and streamed: ``residual``, or ``raw``, twice as large; default:
+            ``residual`` for weights of 16 bits, and ``raw`` for fp32, which has no residual form, and where
+            there are no native kernels.
+        paranoid: verify the checksum of every streamed image every time it is read, not only the first.
         store: where the prepared model lies or goes; default: under the user's cache directory.
         prefill_chunk: prompt rows that go through a layer at once.
         progress: called with (task, done, total) while preparing and loading.
@@ -61,6 +66,8 @@ class LLM:
         min_reach: float | None = None,
         draft_temperature: float | None = None,
         dtype: str | None = None,
+        stream: str | None = None,
+        paranoid: bool = False,
         store: str | Path | None = None,
         prefill_chunk: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
@@ -68,12 +75,12 @@ class LLM:
         self.mode = _checked_mode(mode)
         budget = default_budget() if memory == "auto" else parse_size(memory)
         request = Request(budget, context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
-        self.store_path = prepare(model, store=Path(store) if store else None, dtype=dtype, progress=progress)
+        place = Path(store) if store else None
+        self.store_path = prepare(model, store=place, dtype=dtype, stream=stream, progress=progress)
         opened = Store(self.store_path)
         self.config, self.name = opened.config, opened.manifest.name
-        small_bytes = opened.manifest.files["small.safetensors"].n_bytes
-        self.plan: Plan = make_plan(self.config, opened.dtype.itemsize, small_bytes, request)
-        self.engine = Engine(opened, self.plan, progress)
+        self.plan: Plan = _planned(opened, request)
+        self.engine = Engine(opened, self.plan, progress, paranoid=paranoid)
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._turn = 0
@@ -158,6 +165,7 @@ class LLM:
             "parameters": config.parameters,
             "layers": config.layers,
             "resident_layers": len(self.plan.resident_layers),
+            "plain_layers": len(self.plan.plain_layers),
             "store_version": manifest.version,
             "codec": manifest.codec,
             "product": self.engine.product.name,
@@ -276,6 +284,16 @@ class _Clock:
             accepted=[len(commit.tokens) - 1 for commit in self._commits],
             drafted=[commit.drafted for commit in self._commits],
         )
+
+
+def _planned(store: Store, request: Request) -> Plan:
+    """The plan for a store; what this machine can do is measured only where it decides something."""
+    small_bytes = store.manifest.files["small.safetensors"].n_bytes
+    sizes = store.config, store.dtype.itemsize, small_bytes, request, stored_images(store)
+    plan = make_plan(*sizes)
+    if store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
+        return plan
+    return make_plan(*sizes, measure_costs(store))
 
 
 def _checked_mode(mode: str) -> str:

@@ -20,10 +20,12 @@ HERE = Path(__file__).parent
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 # Canonical arithmetic: the compiler must not fuse or reorder differently in two copies of one loop.
 STRICT_FLAGS = ["-ffp-contract=off", "-fno-fast-math"]
+_AVX2 = "-mavx2 -mbmi2 -mfma -mf16c -mpopcnt"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512cd -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
 X86_LEVELS = {
-    "avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c",
-    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512bf16": f"{_AVX512} -mavx512bf16 -mavx512vbmi -mavx512vbmi2",
+    "avx512": _AVX512,
+    "avx2": _AVX2,
 }
 
 

@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _pairs(library: ctypes.CDLL) -> int:
+def pairs(library: ctypes.CDLL) -> int:
     """1 where bf16 products are faster through the processor's bf16 instruction, else 0."""
     return int(library.subspec_pairs() == 2)
 
@@ -60,7 +60,7 @@ def _pairs(library: ctypes.CDLL) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """A linear layer, y = x Wᵀ + b.
 
-    The calling thread keeps scratch of ``4 · K · min(T, 240)`` bytes for its later calls.
+    The calling thread keeps scratch of ``4 · K · min(T, 256)`` bytes for its later calls.
 
     Args:
         x: (T, K) rows.
@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     library = _library()
     failed = library.subspec_linear(
         native.DTYPE_CODES[x.dtype],
-        _pairs(library),
+        pairs(library),
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory to prepare {min(rows, 240)} rows of {length} values")
+        raise MemoryError(f"no memory to prepare {min(rows, 256)} rows of {length} values")
     return out
 
 

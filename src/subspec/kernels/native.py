@@ -21,13 +21,15 @@ import torch
 from subspec.errors import OptionError
 from subspec.kernels import build
 
-INTERFACE_VERSION = 2  # as in cpu/version.cpp; counts changes of any function's arguments
+INTERFACE_VERSION = 3  # as in cpu/version.cpp; counts changes of any function's arguments
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_AVX2 = {"avx2", "bmi2", "fma", "f16c", "popcnt"}
+_AVX512 = _AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 _NEEDS = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "portable": set(),
+    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": set[str](),
 }
 
 

@@ -138,7 +138,11 @@ def check_crc32(content: bytes | memoryview, expected: int, path: Path, part: st
     Raises:
         StoreError: they differ.
     """
-    found = zlib.crc32(content)
+    require_crc32(zlib.crc32(content), expected, path, part)
+
+
+def require_crc32(found: int, expected: int, path: Path, part: str = "") -> None:
+    """Compare a checksum with what it must be; arguments and error are ``check_crc32``'s."""
     if found != expected:
         where = f"{part} differs: " if part else ""
         raise StoreError(

@@ -41,8 +41,9 @@ class Streamer:
         slots: page-aligned uint8 tensors, each as large as the largest unit.
         threads: reader threads.
         request_bytes: size of one read.
+        paranoid: verify a unit's checksum every time it is read, not only the first time.
 
-    A unit's checksum is verified when it is first read, by the reader thread that completes it.
+    Checksums are verified by the reader thread that completes a unit.
     """
 
     def __init__(
@@ -52,12 +53,16 @@ class Streamer:
         *,
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
+        paranoid: bool = False,
     ) -> None:
+        if not units or not slots:
+            raise ValueError(f"{len(units)} units cannot stream through {len(slots)} slots")
         self.units = list(units)
         self.slots = list(slots)
         self._views = [writable(slot) for slot in slots]
         self._request_bytes = request_bytes
         self._verified = [False] * len(units)
+        self._paranoid = paranoid
         self._changed = threading.Condition()
         self._begin(0)
         self._in_flight = 0
@@ -163,13 +168,13 @@ class Streamer:
                 return
             del self._missing[load]
         index = load % len(self.units)
-        if not self._verified[index]:
+        if self._paranoid or not self._verified[index]:
             self._verify(index, self._views[load % len(self.slots)])
         with self._changed:
             self._ready.add(load)
 
     def _verify(self, index: int, view: memoryview) -> None:
-        """Compare a unit's bytes with its checksum, once.
+        """Compare a unit's bytes with its checksum.
 
         Raises:
             StoreError: they differ.

@@ -1,7 +1,9 @@
 """Choose what a memory budget is spent on, and explain it.
 
 The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and two slots.
-What is left keeps layers resident, spread evenly over the model, then chunks of the output head.
+What is left keeps layers resident, spread evenly over the model, then chunks of the output head.  Where a
+store keeps residuals, a resident unit may stay as it is streamed, and be rebuilt every sweep, or as plain
+weights, twice as large: ``planning.cost`` tells which makes the shorter sweep.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,6 +13,7 @@ from subspec.errors import BudgetError, OptionError
 from subspec.memory.tiers import MIB, format_size, page_aligned
 from subspec.models.config import ModelConfig
 from subspec.models.kv_cache import cache_bytes
+from subspec.planning.cost import Images, SweepCosts, choose_residents
 from subspec.speculation.draft import TreeShape
 from subspec.store.layout import head_chunks, layer_bytes
 from subspec.substitute.layout import tile_bytes
@@ -54,6 +57,16 @@ class Request:
     prefill_rows: int | None = None
 
 
+def plain_images(config: ModelConfig, itemsize: int) -> Images:
+    """The units of a store that keeps plain weights."""
+    layer = page_aligned(layer_bytes(config, itemsize)[0])
+    chunks = tuple(
+        page_aligned((chunk.stop - chunk.start) * config.hidden_size * itemsize)
+        for chunk in head_chunks(config, itemsize)
+    )
+    return Images((layer,) * config.layers, chunks, layer, chunks)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where everything goes.  All sizes in bytes.
@@ -67,6 +80,8 @@ class Plan:
         prefill_rows: prompt rows that go through a layer at once.
         resident_layers: layers whose exact weights stay.
         resident_chunks: chunks of the output head that stay, from the first on.
+        plain_layers: of the resident layers, those that stay as plain weights.
+        plain_chunks: of the resident chunks, how many stay as plain weights, from the first on.
         streamed_bytes: what one sweep streams.
         slots: how many; 0 if nothing is streamed.
         slot_bytes: of one slot.
@@ -84,6 +99,8 @@ class Plan:
     prefill_rows: int
     resident_layers: tuple[int, ...]
     resident_chunks: int
+    plain_layers: tuple[int, ...]
+    plain_chunks: int
     streamed_bytes: int
     slots: int
     slot_bytes: int
@@ -105,6 +122,14 @@ class Plan:
         """Slots of the KV cache: the context, and scratch for the tree."""
         return self.context + self.tree.drafted
 
+    def all_plain(self, layers: int) -> bool:
+        """Whether all of a model's layers, and all of its head, stay as plain weights."""
+        return (
+            self.streamed_bytes == 0
+            and len(self.plain_layers) == layers
+            and (self.plain_chunks == self.resident_chunks)
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for result files."""
         return {**asdict(self), "held_bytes": self.held_bytes}
@@ -118,7 +143,8 @@ class Plan:
             if size
         ]
         lines.append(
-            f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks; "
+            f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks "
+            f"({len(self.plain_layers)} and {self.plain_chunks} as plain weights); "
             f"streamed a sweep: {format_size(self.streamed_bytes)} through {self.slots} slots"
         )
         lines.append(
@@ -128,7 +154,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Request) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    itemsize: int,
+    small_bytes: int,
+    request: Request,
+    images: Images | None = None,
+    costs: SweepCosts | None = None,
+) -> Plan:
     """The plan for a model and a request.
 
     Args:
@@ -136,54 +169,56 @@ def make_plan(config: ModelConfig, itemsize: int, small_bytes: int, request: Req
         itemsize: bytes of an exact weight.
         small_bytes: norms, biases and checksums, always held.
         request: budget and wishes.
+        images: the store's units; default: plain weights.
+        costs: what a sweep's parts cost here; default: the link alone counts, and plain weights are fastest.
 
     Raises:
         BudgetError: the budget is below the minimum; the message says it.
         OptionError: a wish that cannot be met.
     """
+    images = images or plain_images(config, itemsize)
+    costs = costs or SweepCosts()
     # The tree that needs least decides the minimum.
-    small = _spend(config, itemsize, small_bytes, request, RESIDENT_TREE)
-    if small.streamed_bytes < MOSTLY_RESIDENT * config.layers * layer_bytes(config, itemsize)[0]:
+    small = _spend(config, itemsize, small_bytes, request, RESIDENT_TREE, images, costs)
+    if small.streamed_bytes < MOSTLY_RESIDENT * sum(images.layers):
         return small
     try:
-        return _spend(config, itemsize, small_bytes, request, STREAMED_TREE)
+        return _spend(config, itemsize, small_bytes, request, STREAMED_TREE, images, costs)
     except BudgetError:
         return small
 
 
 def _spend(
-    config: ModelConfig, itemsize: int, small_bytes: int, request: Request, defaults: TreeShape
+    config: ModelConfig,
+    itemsize: int,
+    small_bytes: int,
+    request: Request,
+    defaults: TreeShape,
+    images: Images,
+    costs: SweepCosts,
 ) -> Plan:
     """The plan with a given kind of tree where the request leaves it open; raises as ``make_plan`` does."""
     wishes = _wishes(config, request, defaults)
     parts = _fixed_parts(config, itemsize, small_bytes, wishes)
-    layer = page_aligned(layer_bytes(config, itemsize)[0])
-    chunks = [
-        page_aligned((chunk.stop - chunk.start) * config.hidden_size * itemsize)
-        for chunk in head_chunks(config, itemsize)
-    ]
-    everything = config.layers * layer + sum(chunks)
+    parts["workspace"] += images.scratch
     spare = request.budget_bytes - sum(parts.values())
-    slots, slot_bytes = (0, 0) if spare >= everything else (SLOTS, max(layer, *chunks))
-    spare -= slots * slot_bytes
-    if spare < 0:
-        raise _too_small(request.budget_bytes, {**parts, "slots": min(slots * slot_bytes, everything)})
-    layers = min(spare // layer, config.layers)
-    spare -= layers * layer
-    head = 0
-    while layers == config.layers and head < len(chunks) and spare >= chunks[head]:
-        spare -= chunks[head]
-        head += 1
-    resident = layers * layer + sum(chunks[:head])
+    slot_bytes = max(*images.layers, *images.chunks)
+    held = choose_residents(images, spare, SLOTS * slot_bytes, costs)
+    if held is None:
+        everything = sum(images.layers) + sum(images.chunks)
+        raise _too_small(request.budget_bytes, {**parts, "slots": min(SLOTS * slot_bytes, everything)})
+    slots, slot_bytes = (SLOTS, slot_bytes) if held.streamed_bytes(images) else (0, 0)
     return Plan(
         budget_bytes=request.budget_bytes,
-        resident_layers=tuple(index * config.layers // layers for index in range(layers)),
-        resident_chunks=head,
-        streamed_bytes=everything - resident,
+        resident_layers=held.layers,
+        resident_chunks=held.chunks,
+        plain_layers=held.plain_layers,
+        plain_chunks=held.plain_chunks,
+        streamed_bytes=held.streamed_bytes(images),
         slots=slots,
         slot_bytes=slot_bytes,
         cache_rows=_cache_rows(config, itemsize),
-        parts={**parts, "slots": slots * slot_bytes, "resident": resident},
+        parts={**parts, "slots": slots * slot_bytes, "resident": held.held_bytes(images)},
         **wishes,
     )
 

@@ -6,9 +6,10 @@ large as a layer at most, so that it streams through the same slots.  Files are 
 
 | file | holds |
 |---|---|
-| ``layer-0000.exact`` | the layer's matrices, row-major, in the model's dtype |
-| ``layer-0000.substitute`` | the same matrices as 4-bit tiles (``substitute.layout``) |
-| ``head-0000.exact``, ``head-0000.substitute`` | a chunk of the output head, alike |
+| ``layer-0000.substitute`` | the layer's matrices as 4-bit tiles (``substitute.layout``) |
+| ``layer-0000.residual`` | what, with them, gives the exact matrices (``substitute.images``) |
+| ``layer-0000.exact`` | in a store of codec ``raw``, instead: the matrices, row-major, in the model's dtype |
+| ``head-0000.substitute``, ``.residual`` or ``.exact`` | a chunk of the output head, alike |
 | ``embedding.exact`` | the input embedding's rows, if it is not tied to the head |
 | ``small.safetensors`` | norms and biases, and ``embedding.crc32``: one CRC-32 a row of the input embedding |
 | ``tokenizer/`` | the tokenizer's files |
@@ -21,6 +22,7 @@ from subspec.memory.tiers import MIB
 from subspec.models.config import ModelConfig
 from subspec.substitute.layout import tile_bytes
 
+CODECS = {"residual": "residual", "raw": "exact"}  # how exact weights are kept: the form of their images
 HEAD_CHUNK_BYTES = 64 * MIB
 ROW_BLOCK = 16  # chunks hold a multiple of this many rows, the tiles' height
 
@@ -83,10 +85,10 @@ def layer_tensor(index: int, part: str, kind: str = "weight") -> str:
 
 
 def layer_file(index: int, form: str) -> str:
-    """File name of a layer; form: ``exact`` or ``substitute``."""
+    """File name of a layer; form: ``substitute``, ``residual`` or ``exact``."""
     return f"layer-{index:04d}.{form}"
 
 
 def head_file(index: int, form: str) -> str:
-    """File name of a head chunk; form: ``exact`` or ``substitute``."""
+    """File name of a head chunk; form: ``substitute``, ``residual`` or ``exact``."""
     return f"head-{index:04d}.{form}"

@@ -10,23 +10,28 @@ from typing import Any
 import torch
 
 from subspec.errors import StoreError
+from subspec.store.layout import CODECS
 from subspec.substitute.layout import GROUP
 
 FORMAT = "subspec-store"
-VERSION = 1
-CODEC = "raw"  # exact images hold the weights' own bits; a residual codec will be another word here
+VERSION = 2
 BITS = 4
 FILE_NAME = "manifest.json"
-_FORM = {"version": VERSION, "codec": CODEC, "bits": BITS, "group": GROUP}
+_FORM = {"version": VERSION, "bits": BITS, "group": GROUP}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and CRC-32 of one file."""
+    """Size in bytes and CRC-32 of one file.
+
+    Attributes:
+        tensors: SHA-256, in hexadecimal, of the exact tensors whose last part the file holds, by name.
+    """
 
     n_bytes: int
     crc32: int
+    tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Manifest:
         config: the checkpoint's configuration, as ``models.config`` reads it.
         source: identity of the checkpoint it was made from.
         files: by path relative to the store.
+        codec: how exact weights are kept: a key of ``layout.CODECS``.
     """
 
     name: str
@@ -48,7 +54,7 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
-    codec: str = CODEC
+    codec: str = "residual"
     bits: int = BITS
     group: int = GROUP
 
@@ -80,9 +86,10 @@ class Manifest:
             raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{path} is not a manifest of a subspec store")
-        if any(data.get(name) != value for name, value in _FORM.items()):
+        if any(data.get(name) != value for name, value in _FORM.items()) or data.get("codec") not in CODECS:
             raise StoreError(
-                f"{directory} has {_describe(data)}; this subspec reads {_describe(_FORM)}: "
+                f"{directory} has {_describe(data)}; this subspec reads "
+                f"{_describe({**_FORM, 'codec': ' or '.join(CODECS)})}: "
                 "prepare the model again"
             )
         if data.pop("crc32", None) != _checksum(data):
@@ -113,7 +120,7 @@ class Manifest:
 def _describe(form: dict[str, Any]) -> str:
     """A store's form in words."""
     return (
-        f"format version {form.get('version')}, codec {form.get('codec')!r}, "
+        f"format version {form.get('version')}, codec {form.get('codec')}, "
         f"{form.get('bits')} bits in groups of {form.get('group')}"
     )
 

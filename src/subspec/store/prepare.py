@@ -1,4 +1,4 @@
-"""Checkpoint → store: exact images and substitutes, file by file.
+"""Checkpoint → store: substitutes, and residuals or exact images, file by file.
 
 Reads the checkpoint a matrix at a time, so that peak memory follows the largest matrix, not the model.
 Every finished file is on disk before it is noted in ``progress.json``; a killed run goes on after the last
@@ -20,19 +20,24 @@ import torch
 
 from subspec.checkpoint import Checkpoint, open_checkpoint
 from subspec.errors import OptionError, StoreError
+from subspec.kernels.native import kernels
 from subspec.memory.disk import cache_directory
 from subspec.memory.tiers import format_size, page_aligned
 from subspec.models.config import ModelConfig
 from subspec.store import manifest as manifests
-from subspec.store.layout import head_chunks, layer_bytes
+from subspec.store.layout import CODECS, head_chunks, layer_bytes
 from subspec.store.manifest import DTYPES, FileRecord, Manifest, is_store, write_atomically
 from subspec.store.writer import StoreWriter
 from subspec.substitute.layout import tile_bytes
 
 Progress = Callable[[str, int, int], None]
 PROGRESS_FILE = "progress.json"
+EXPECTED_RESIDUAL_SHARE = 0.7  # of the exact weights' bytes; trained bf16 weights take 0.48, fp16 0.67
 _MARKS = {name + end for name in (manifests.FILE_NAME, PROGRESS_FILE) for end in ("", ".partial")}
-_OURS = re.compile(r"((layer|head)-\d+\.(exact|substitute)|embedding\.exact|small\.safetensors)(\.partial)?")
+_IMAGES = (".exact", ".residual", ".substitute")
+_OURS = re.compile(
+    r"((layer|head)-\d+\.(exact|residual|substitute)|embedding\.exact|small\.safetensors)(\.partial)?"
+)
 
 
 def prepare(
@@ -40,6 +45,7 @@ def prepare(
     *,
     store: Path | None = None,
     dtype: str | None = None,
+    stream: str | None = None,
     progress: Progress | None = None,
     rebuild: bool = False,
 ) -> Path:
@@ -49,6 +55,9 @@ def prepare(
         model: a checkpoint (directory, GGUF file, hub id, ``demo``), or a store, which is only checked.
         store: where to put it; default: a directory named after the model under ``cache_directory()``.
         dtype: ``bfloat16``, ``float16`` or ``float32`` instead of the checkpoint's own.
+        stream: how exact weights are kept and streamed: ``residual``, or ``raw``, twice as large; default:
+            what ``store`` holds already, else ``residual`` for weights of 16 bits, and ``raw`` for fp32 or
+            where there are no native kernels.
         progress: called with (task, bytes done, bytes in all).
         rebuild: start afresh even if the store looks complete.
 
@@ -61,13 +70,16 @@ def prepare(
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if stream not in (None, *CODECS):
+        raise OptionError(f"--stream {stream}: choose one of {', '.join(CODECS)}")
     if store is None and is_store(Path(model)):
-        return _check_store(Path(model), dtype, rebuild)
+        return _check_store(Path(model), dtype, stream, rebuild)
     checkpoint = open_checkpoint(model, DTYPES[dtype] if dtype else None)
     try:
         config = ModelConfig.from_dict(checkpoint.config)
         config.check_tensors(checkpoint.tensors)
-        directory = store or _default_directory(checkpoint)
+        codec = _codec(checkpoint.dtype, stream)
+        directory = store or _default_directory(checkpoint, codec)
         if directory.resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
             raise StoreError(f"{directory} holds the checkpoint itself: choose another --store")
         try:
@@ -75,8 +87,9 @@ def prepare(
             with _locked(directory):
                 identity = checkpoint.identity()
                 _check_owner(directory, identity)
-                if rebuild or not _is_current(directory, identity, checkpoint.dtype):
-                    _build(directory, checkpoint, identity, config, progress)
+                accepted = tuple(CODECS) if stream is None and not rebuild else (codec,)
+                if rebuild or not _is_current(directory, identity, checkpoint.dtype, accepted):
+                    _build(directory, checkpoint, identity, config, codec, progress)
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"{directory} cannot be written ({reason}): choose another --store") from error
@@ -85,8 +98,23 @@ def prepare(
         checkpoint.close()
 
 
-def _check_store(directory: Path, dtype: str | None, rebuild: bool) -> Path:
-    """A store given in place of a model: it must be complete, and of the wanted dtype."""
+def _codec(dtype: torch.dtype, stream: str | None) -> str:
+    """The codec for exact weights of a dtype; without native kernels, rebuilding them would take too long.
+
+    Raises:
+        OptionError: fp32 has no residual form.
+    """
+    if dtype == torch.float32 and stream == "residual":
+        raise OptionError(
+            "--stream residual: fp32 weights have no residual form: use raw, or --dtype bfloat16"
+        )
+    if stream is None and kernels().library is None:
+        return "raw"
+    return stream or ("raw" if dtype == torch.float32 else "residual")
+
+
+def _check_store(directory: Path, dtype: str | None, stream: str | None, rebuild: bool) -> Path:
+    """A store given in place of a model: it must be complete, and of the wanted dtype and codec."""
     found = Manifest.read(directory)
     found.check_sizes(directory)
     if rebuild:
@@ -97,13 +125,20 @@ def _check_store(directory: Path, dtype: str | None, rebuild: bool) -> Path:
         raise OptionError(
             f"{directory} was prepared in {found.dtype}: prepare the checkpoint again with --dtype {dtype}"
         )
+    if stream not in (None, found.codec):
+        raise OptionError(
+            f"{directory} was prepared to stream {found.codec}: prepare the checkpoint again with "
+            f"--stream {stream}"
+        )
     return directory
 
 
-def _default_directory(checkpoint: Checkpoint) -> Path:
-    """A place of its own for each checkpoint path and dtype."""
+def _default_directory(checkpoint: Checkpoint, codec: str) -> Path:
+    """A place of its own for each checkpoint path and dtype; 16-bit weights kept raw have another."""
     key = f"{Path(checkpoint.path).resolve()} {checkpoint.dtype}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.name)
+    if codec == "raw" and checkpoint.dtype != torch.float32:
+        name, key = f"{name}-{codec}", f"{key} {codec}"
     return cache_directory() / "stores" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
@@ -141,14 +176,16 @@ def _check_owner(directory: Path, identity: dict[str, Any]) -> None:
         raise StoreError(f"{directory} is not empty and holds no readable store: choose another --store")
 
 
-def _is_current(directory: Path, identity: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether the directory holds a complete store of the checkpoint as it is now, in its dtype."""
+def _is_current(
+    directory: Path, identity: dict[str, Any], dtype: torch.dtype, codecs: tuple[str, ...]
+) -> bool:
+    """Whether the directory holds a complete store of the checkpoint as it is, in its dtype and a codec."""
     try:
         found = Manifest.read(directory)
         found.check_sizes(directory)
     except StoreError:
         return False
-    return found.source == identity and found.torch_dtype == dtype
+    return found.source == identity and found.torch_dtype == dtype and found.codec in codecs
 
 
 def _build(
@@ -156,6 +193,7 @@ def _build(
     checkpoint: Checkpoint,
     identity: dict[str, Any],
     config: ModelConfig,
+    codec: str,
     progress: Progress | None,
 ) -> None:
     """Write every file that an unfinished attempt has not written yet, then the manifest.
@@ -167,7 +205,7 @@ def _build(
     job = {
         "format": manifests.FORMAT,
         "version": manifests.VERSION,
-        "codec": manifests.CODEC,
+        "codec": codec,
         "dtype": dtype_name,
         "source": identity,
     }
@@ -176,18 +214,20 @@ def _build(
     _note(directory, job, done)
     if not done:
         _clear(directory)
-    total = store_bytes(config, checkpoint.dtype.itemsize)
-    _check_space(directory, total - _image_bytes(done))
-    for task in StoreWriter(directory, checkpoint, config).tasks():
+    _check_space(directory, store_bytes(config, checkpoint.dtype.itemsize, codec) - _image_bytes(done))
+    tasks = list(StoreWriter(directory, checkpoint, config, codec).tasks())
+    total, prepared = sum(task.source_bytes for task in tasks), 0
+    for task in tasks:
         if not all(name in done for name in task.files):
             done.update(task.run())
             _note(directory, job, done)
+        prepared += task.source_bytes
         if progress is not None:
-            progress("preparing", _image_bytes(done), total)
+            progress("preparing", prepared, total)
     if checkpoint.identity() != identity:
         raise StoreError(f"{checkpoint.path} changed while it was prepared: run the command again")
     files = dict(sorted(done.items()))
-    Manifest(checkpoint.name, dtype_name, checkpoint.config, identity, files).write(directory)
+    Manifest(checkpoint.name, dtype_name, checkpoint.config, identity, files, codec=codec).write(directory)
     (directory / PROGRESS_FILE).unlink(missing_ok=True)
 
 
@@ -231,18 +271,18 @@ def _clear(directory: Path) -> None:
 
 def _image_bytes(files: dict[str, FileRecord]) -> int:
     """Bytes of the images among some files."""
-    return sum(record.n_bytes for name, record in files.items() if name.endswith((".exact", ".substitute")))
+    return sum(record.n_bytes for name, record in files.items() if name.endswith(_IMAGES))
 
 
-def store_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Size of a store's images (its small files, a few MB, left out)."""
+def store_bytes(config: ModelConfig, itemsize: int, codec: str) -> int:
+    """About the size of a store's images (its small files, a few MB, left out); exactly that if raw."""
+    share = EXPECTED_RESIDUAL_SHARE if codec == "residual" else 1.0
     exact, substitute = layer_bytes(config, itemsize)
-    total = config.layers * (page_aligned(exact) + page_aligned(substitute))
+    total = config.layers * (page_aligned(int(exact * share)) + page_aligned(substitute))
     for chunk in head_chunks(config, itemsize):
         rows = chunk.stop - chunk.start
-        total += page_aligned(rows * config.hidden_size * itemsize) + page_aligned(
-            tile_bytes(rows, config.hidden_size)
-        )
+        total += page_aligned(int(rows * config.hidden_size * itemsize * share))
+        total += page_aligned(tile_bytes(rows, config.hidden_size))
     if not config.tied_embeddings:
         total += page_aligned(config.vocab_size * config.hidden_size * itemsize)
     return total

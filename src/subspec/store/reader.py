@@ -8,6 +8,7 @@ from safetensors.torch import load
 from subspec.memory.disk import ImageFile, check_crc32, writable
 from subspec.memory.streamer import Unit
 from subspec.models.config import ModelConfig
+from subspec.store.layout import CODECS
 from subspec.store.manifest import Manifest
 
 
@@ -19,6 +20,7 @@ class Store:
         manifest: what it says of itself.
         config: the model's configuration.
         dtype: of the exact weights.
+        form: of the images that exact weights are streamed in: ``residual`` or ``exact``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -27,6 +29,7 @@ class Store:
         self.manifest.check_sizes(directory)
         self.config = ModelConfig.from_dict(self.manifest.config)
         self.dtype = self.manifest.torch_dtype
+        self.form = CODECS[self.manifest.codec]
         self._files: dict[str, ImageFile] = {}
         for name in self.manifest.files:
             if name.startswith("tokenizer/"):
@@ -64,8 +67,12 @@ class Store:
         return load(content)
 
     def images(self) -> list[Path]:
-        """The exact images, for measuring the disk."""
-        return [self.directory / name for name in self.manifest.files if name.endswith(".exact")]
+        """What is streamed: the layers' and the head's images in ``form``."""
+        return [
+            self.directory / name
+            for name in self.manifest.files
+            if name.startswith(("layer-", "head-")) and name.endswith(f".{self.form}")
+        ]
 
     @property
     def direct(self) -> bool:

@@ -1,22 +1,110 @@
 """Embedding rows, read when a token first needs them, with a bounded cache.
 
 A pass needs a few rows of a table that may be the largest tensor of the model: each costs one or two pages
-of disk. Every row is checked against its own checksum.
+of disk, or, where the table is the tied head and kept as residuals, the pages of sixteen rows' residuals and
+substitutes. Every row is checked against its own checksum.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
+from subspec.errors import StoreError
 from subspec.memory.arena import Arena, map_bytes
 from subspec.memory.disk import ImageFile, check_crc32, writable
 from subspec.memory.tiers import PAGE_BYTES, page_aligned
 from subspec.store.layout import head_chunks, head_file
 from subspec.store.reader import Store
+from subspec.substitute.layout import TILE_BYTES, TILE_ROWS, groups
+from subspec.substitute.residual import TAIL_BYTES, decode_rows, directory_bytes
 
 READERS = 4
+_MOST_FIELD_BYTES = TILE_ROWS * (64 + 24 + 24)  # of a tile's payload
+_MOST_TILE_BYTES = _MOST_FIELD_BYTES + 4 * TILE_ROWS * 64  # with every weight an escape
+
+
+class RowSource(Protocol):
+    """Reads one row."""
+
+    span_bytes: int
+    """Of the buffer that ``read`` needs, whole pages."""
+
+    def read(self, token: int, buffer: torch.Tensor) -> torch.Tensor:
+        """The row of a token: (row bytes,) uint8, a view of ``buffer`` or new."""
+        ...
+
+    def path(self, token: int) -> Path:
+        """The file that holds the row."""
+        ...
+
+
+def _read_span(file: ImageFile, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Bytes [start, stop) of a file: a view of ``buffer``, which has room for the pages around them."""
+    first, last = start - start % PAGE_BYTES, page_aligned(stop)
+    file.read(writable(buffer)[: last - first], first)
+    return buffer[start - first : stop - first]
+
+
+class ExactRows:
+    """Rows of a table that lies in files as it is, some rows a file."""
+
+    def __init__(self, files: list[ImageFile], rows_a_file: int, row_bytes: int) -> None:
+        self._files, self._rows_a_file, self._row_bytes = files, rows_a_file, row_bytes
+        self.span_bytes = page_aligned(row_bytes) + PAGE_BYTES
+
+    def read(self, token: int, buffer: torch.Tensor) -> torch.Tensor:
+        """One row, a view of ``buffer``."""
+        start = (token % self._rows_a_file) * self._row_bytes
+        return _read_span(self._files[token // self._rows_a_file], start, start + self._row_bytes, buffer)
+
+    def path(self, token: int) -> Path:
+        """The file that holds the row."""
+        return self._files[token // self._rows_a_file].path
+
+
+class RebuiltRows:
+    """Rows of the tied head, rebuilt from its chunks' residuals and substitutes."""
+
+    def __init__(self, store: Store) -> None:
+        self._k, self._dtype = store.config.hidden_size, store.dtype
+        self._chunks = head_chunks(store.config, store.dtype.itemsize)
+        self._residuals = [store.file(head_file(i, "residual")) for i in range(len(self._chunks))]
+        self._tiles = [store.file(head_file(i, "substitute")) for i in range(len(self._chunks))]
+        self.span_bytes = page_aligned(groups(self._k) * _MOST_TILE_BYTES) + 2 * PAGE_BYTES
+
+    def read(self, token: int, buffer: torch.Tensor) -> torch.Tensor:
+        """One row, new: the stripe of sixteen rows around it is rebuilt."""
+        which = token // self._chunks[0].stop
+        chunk, file, g = self._chunks[which], self._residuals[which], groups(self._k)
+        row = token - chunk.start
+        stripe = row // TILE_ROWS
+        origin = int(_read_span(file, 0, 8, buffer).view(torch.int64))
+        start = origin + 4 * stripe * g
+        directory = _read_span(file, start, start + 4 * (g + 1), buffer).clone().view(torch.int32)
+        payload = origin + directory_bytes(chunk.stop - chunk.start, self._k)
+        sizes = directory.diff()
+        if not 0 <= int(sizes.min()) <= int(sizes.max()) <= _MOST_TILE_BYTES:
+            raise StoreError(
+                f"{file.path} is damaged: the directory of rows {stripe * TILE_ROWS} and on is no directory; "
+                "prepare the model again with: subspec prepare --rebuild"
+            )
+        content = _read_span(file, payload + int(directory[0]), payload + int(directory[-1]), buffer)
+        directory -= directory[0].clone()
+        slack = torch.zeros(_MOST_FIELD_BYTES + TAIL_BYTES, dtype=torch.uint8)  # read by a damaged stripe
+        residual = torch.cat([directory.view(torch.uint8), content, slack])
+        tiles = _read_span(self._tiles[which], stripe * g * TILE_BYTES, (stripe + 1) * g * TILE_BYTES, buffer)
+        rows = min(TILE_ROWS, chunk.stop - chunk.start - stripe * TILE_ROWS)
+        out = torch.empty((rows, self._k), dtype=self._dtype)
+        decode_rows(residual, tiles.clone(), rows, self._k, out)
+        return out[row % TILE_ROWS].view(torch.uint8)
+
+    def path(self, token: int) -> Path:
+        """The file that holds the row's residual."""
+        return self._residuals[token // self._chunks[0].stop].path
 
 
 class EmbeddingRows:
@@ -32,19 +120,11 @@ class EmbeddingRows:
     def __init__(self, store: Store, checksums: torch.Tensor, cache_rows: int, arena: Arena) -> None:
         self._hidden = store.config.hidden_size
         self._dtype = store.dtype
-        self._row_bytes = self._hidden * store.dtype.itemsize
         self._checksums = checksums
         self._cache = arena.tensor("embedding_cache", (cache_rows, self._hidden), store.dtype)
         self._place: OrderedDict[int, int] = OrderedDict()
-        if store.config.tied_embeddings:
-            chunks = head_chunks(store.config, store.dtype.itemsize)
-            self._files = [store.file(head_file(index, "exact")) for index in range(len(chunks))]
-            self._rows_a_file = chunks[0].stop
-        else:
-            self._files = [store.file("embedding.exact")]
-            self._rows_a_file = store.config.vocab_size
-        span = page_aligned(self._row_bytes) + PAGE_BYTES
-        self._buffers = [map_bytes(span) for _ in range(READERS)]
+        self._source = _row_source(store)
+        self._buffers = [map_bytes(self._source.span_bytes) for _ in range(READERS)]
         self._pool = ThreadPoolExecutor(READERS)
 
     def lookup(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -85,21 +165,16 @@ class EmbeddingRows:
         self, out: torch.Tensor, places: dict[int, list[int]], tokens: list[int], reader: int
     ) -> None:
         """Read some tokens' rows with one reader's buffer."""
-        buffer = self._buffers[reader]
         for token in tokens:
-            file = self._files[token // self._rows_a_file]
-            row = self._read(file, token, (token % self._rows_a_file) * self._row_bytes, buffer)
+            row = self._read(token, self._buffers[reader])
             for place in places[token]:
                 out[place] = row
 
-    def _read(self, file: ImageFile, token: int, offset: int, buffer: torch.Tensor) -> torch.Tensor:
-        """One row, a view (C,) of ``buffer``."""
-        first = offset - offset % PAGE_BYTES
-        last = page_aligned(offset + self._row_bytes)
-        file.read(writable(buffer)[: last - first], first)
-        content = buffer[offset - first : offset - first + self._row_bytes]
-        expected = int(self._checksums[token])
-        check_crc32(writable(content), expected, file.path, f"the embedding of token {token}")
+    def _read(self, token: int, buffer: torch.Tensor) -> torch.Tensor:
+        """One row (C,), checked."""
+        content = self._source.read(token, buffer)
+        expected, path = int(self._checksums[token]), self._source.path(token)
+        check_crc32(writable(content), expected, path, f"the embedding of token {token}")
         return content.view(self._dtype)
 
     def _keep(self, token: int, row: torch.Tensor) -> None:
@@ -110,3 +185,15 @@ class EmbeddingRows:
             _, slot = self._place.popitem(last=False)
         self._cache[slot] = row
         self._place[token] = slot
+
+
+def _row_source(store: Store) -> RowSource:
+    """Where a store has the rows of its input embedding."""
+    row_bytes = store.config.hidden_size * store.dtype.itemsize
+    if not store.config.tied_embeddings:
+        return ExactRows([store.file("embedding.exact")], store.config.vocab_size, row_bytes)
+    if store.manifest.codec == "residual":
+        return RebuiltRows(store)
+    chunks = head_chunks(store.config, store.dtype.itemsize)
+    files = [store.file(head_file(index, "exact")) for index in range(len(chunks))]
+    return ExactRows(files, chunks[0].stop, row_bytes)

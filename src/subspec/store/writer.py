@@ -1,9 +1,13 @@
-"""Write a store's files, each whole or not at all: a temporary name, fsync, rename."""
+"""Write a store's files, each whole or not at all: a temporary name, fsync, rename.
 
+Before a residual's file is written, the exact weight is rebuilt from it and compared with its source.
+"""
+
+import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,93 +16,135 @@ import torch
 from safetensors.torch import save
 
 from subspec.checkpoint import Checkpoint
+from subspec.errors import StoreError
 from subspec.memory.disk import drop_cached
 from subspec.memory.tiers import page_aligned
 from subspec.models.config import ModelConfig
 from subspec.store import layout
 from subspec.store.manifest import FileRecord
+from subspec.substitute import images
 from subspec.substitute.quantize import quantize_tiles
+from subspec.substitute.residual import decode_rows, encode
 
 ROWS_A_READ = 4096
+_COMPARED_ROWS = 4096
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Task:
-    """Files that are made together, by ``run``, which returns their records."""
+    """Files made together from ``source_bytes`` of weights, by ``run``, which returns their records."""
 
     files: tuple[str, ...]
+    source_bytes: int
     run: Callable[[], dict[str, FileRecord]]
 
 
 class StoreWriter:
-    """Makes the files of one store from an open checkpoint."""
+    """Makes the files of one store from an open checkpoint, in a codec of ``layout.CODECS``."""
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    def __init__(self, directory: Path, checkpoint: Checkpoint, config: ModelConfig, codec: str) -> None:
         self.directory = directory
         self.checkpoint = checkpoint
         self.config = config
         self.itemsize = checkpoint.dtype.itemsize
-        self.head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+        self.form = layout.CODECS[codec]
+        self.head = EMBEDDING if config.tied_embeddings else "lm_head.weight"
 
     def tasks(self) -> Iterator[Task]:
         """Every file of the store, in the order of writing."""
+        row_bytes = self.config.hidden_size * self.itemsize
+        layer_bytes = layout.layer_bytes(self.config, self.itemsize)[0]
         for index in range(self.config.layers):
-            names = layout.layer_file(index, "exact"), layout.layer_file(index, "substitute")
-            yield Task(names, partial(self._layer, index))
+            names = layout.layer_file(index, self.form), layout.layer_file(index, "substitute")
+            yield Task(names, layer_bytes, partial(self._layer, index))
         for index, chunk in enumerate(layout.head_chunks(self.config, self.itemsize)):
-            names = layout.head_file(index, "exact"), layout.head_file(index, "substitute")
-            yield Task(names, partial(self._head, index, chunk))
+            names = layout.head_file(index, self.form), layout.head_file(index, "substitute")
+            yield Task(names, (chunk.stop - chunk.start) * row_bytes, partial(self._head, index, chunk))
         if not self.config.tied_embeddings:
-            yield Task(("embedding.exact",), self._embedding)
-        yield Task(("small.safetensors",), self._small)
-        yield Task(("tokenizer",), self._tokenizer)
+            yield Task(("embedding.exact",), self.config.vocab_size * row_bytes, self._embedding)
+        yield Task(("small.safetensors",), 0, self._small)
+        yield Task(("tokenizer",), 0, self._tokenizer)
 
     def _layer(self, index: int) -> dict[str, FileRecord]:
         """Both forms of a layer."""
-        exact_name = layout.layer_file(index, "exact")
-        substitute_name = layout.layer_file(index, "substitute")
-        tiles: list[torch.Tensor] = []
+        digests: dict[str, str] = {}
 
         def matrices() -> Iterator[torch.Tensor]:
             for matrix in layout.layer_matrices(self.config, self.itemsize):
-                parts = [self.checkpoint.read(layout.layer_tensor(index, part)) for part in matrix.parts]
-                weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-                tiles.append(quantize_tiles(weight))
-                yield weight
+                names = [layout.layer_tensor(index, part) for part in matrix.parts]
+                parts = [self.checkpoint.read(name) for name in names]
+                digests.update((name, sha256([part])) for name, part in zip(names, parts, strict=True))
+                yield torch.cat(parts) if len(parts) > 1 else parts[0]
 
-        exact = self._write(exact_name, matrices())
-        return {exact_name: exact, substitute_name: self._write(substitute_name, tiles)}
+        return self._both_forms(partial(layout.layer_file, index), matrices(), digests)
 
     def _head(self, index: int, chunk: layout.Chunk) -> dict[str, FileRecord]:
         """Both forms of a chunk of the output head."""
-        exact_name, substitute_name = layout.head_file(index, "exact"), layout.head_file(index, "substitute")
         weight = self.checkpoint.read(self.head, chunk.start, chunk.stop).contiguous()
-        exact = self._write(exact_name, [weight])
-        return {exact_name: exact, substitute_name: self._write(substitute_name, [quantize_tiles(weight)])}
+        return self._both_forms(partial(layout.head_file, index), [weight], {})
+
+    def _both_forms(
+        self, name: Callable[[str], str], weights: Iterable[torch.Tensor], digests: dict[str, str]
+    ) -> dict[str, FileRecord]:
+        """A unit's exact or residual image, and its substitute; ``digests`` go with the first.
+
+        Raises:
+            StoreError: a residual does not give its weight back.
+        """
+        tiles: list[torch.Tensor] = []
+
+        def exact() -> Iterator[torch.Tensor]:
+            for weight in weights:
+                tiles.append(quantize_tiles(weight))
+                yield weight
+
+        def residuals() -> list[torch.Tensor]:
+            made = []
+            for weight in exact():
+                residual = encode(weight, tiles[-1])
+                if not _rebuilds(residual, tiles[-1], weight):
+                    raise StoreError(
+                        f"{self.directory / name(self.form)} would not give back the checkpoint's weights: "
+                        "prepare with --stream raw, and report this"
+                    )
+                made.append(residual)
+            return images.join(made)
+
+        first, second = name(self.form), name("substitute")
+        record = self._write(first, exact() if self.form == "exact" else residuals())
+        return {first: replace(record, tensors=digests), second: self._write(second, tiles)}
 
     def _embedding(self) -> dict[str, FileRecord]:
         """The untied input embedding."""
-        return {"embedding.exact": self._write("embedding.exact", self._embedding_rows())}
+        return {"embedding.exact": self._write("embedding.exact", self._rows(EMBEDDING))}
 
-    def _embedding_rows(self) -> Iterator[torch.Tensor]:
-        """The input embedding in runs of rows."""
+    def _rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix in runs of rows."""
         for start in range(0, self.config.vocab_size, ROWS_A_READ):
             stop = min(start + ROWS_A_READ, self.config.vocab_size)
-            yield self.checkpoint.read("model.embed_tokens.weight", start, stop).contiguous()
+            yield self.checkpoint.read(name, start, stop).contiguous()
 
     def _small(self) -> dict[str, FileRecord]:
-        """Norms and biases by their checkpoint names, and the embedding rows' checksums."""
+        """Norms and biases by their checkpoint names, the embedding rows' checksums, matrices' digests."""
         vectors = [name for name, shape in self.config.tensors().items() if len(shape) == 1]
         tensors = {name: self.checkpoint.read(name).contiguous() for name in vectors}
-        sums = [
-            zlib.crc32(row.data)
-            for rows in self._embedding_rows()
-            for row in _bytes(rows).reshape(len(rows), -1)
-        ]
+        digests = {name: sha256([tensor]) for name, tensor in tensors.items()}
+        if self.head != EMBEDDING:
+            digests[self.head] = sha256(self._rows(self.head))
+        sums: list[int] = []
+
+        def summed() -> Iterator[torch.Tensor]:
+            for rows in self._rows(EMBEDDING):
+                sums.extend(zlib.crc32(row.data) for row in _bytes(rows).reshape(len(rows), -1))
+                yield rows
+
+        digests[EMBEDDING] = sha256(summed())
         tensors["embedding.crc32"] = torch.tensor(sums, dtype=torch.int64)
         content = np.frombuffer(bytearray(save(tensors)), dtype=np.uint8)
         name = "small.safetensors"
-        return {name: self._write(name, [torch.from_numpy(content)], padded=False)}
+        record = self._write(name, [torch.from_numpy(content)], padded=False)
+        return {name: replace(record, tensors=digests)}
 
     def _tokenizer(self) -> dict[str, FileRecord]:
         """The tokenizer's files; a checkpoint may have none."""
@@ -133,3 +179,24 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     """A contiguous tensor's bytes, a view (n,)."""
     array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
     return array
+
+
+def sha256(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256, in hexadecimal, of contiguous tensors' bytes, one after another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(_bytes(tensor).data)
+    return found.hexdigest()
+
+
+def _rebuilds(residual: torch.Tensor, tiles: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether residual and tiles give back the weight, bit for bit."""
+    n, k = weight.shape
+    bits = weight.view(torch.int16)
+    for first in range(0, n, _COMPARED_ROWS):
+        last = min(first + _COMPARED_ROWS, n)
+        rows = torch.empty((last - first, k), dtype=weight.dtype)
+        decode_rows(residual, tiles, n, k, rows, first, last)
+        if not torch.equal(rows.view(torch.int16), bits[first:last]):
+            return False
+    return True

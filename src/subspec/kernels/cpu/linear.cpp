@@ -1,44 +1,90 @@
-// y = x W^T + b for weights in their natural row-major layout, each output a function of its own row alone.
+// y = x W^T + b, each output a function of its own row alone, for weights in their natural row-major layout or in the form
+// of substitute and residual.
 //
 // The rows of x are prepared once; the weights are read as stored and widened in registers.  Four weight rows meet
-// up to TILE_COLUMNS rows of x at a time; while they do, the next four are being fetched.
+// up to TILE_COLUMNS rows of x at a time; while they do, the next four are being fetched.  Weights that must be rebuilt
+// are so a block of rows at a time, and multiplied while the block is in the second-level cache.
 #include "numeric.h"
+#include "residual_tile.h"
+
+#include <type_traits>
 
 namespace {
 
-constexpr int64_t CHUNK_ROWS = 240;            // rows of x prepared at a time
+constexpr int64_t CHUNK_ROWS = 256;            // rows of x prepared at a time
 constexpr int64_t X_BLOCK_BYTES = 512 * 1024;  // prepared rows that stay in the second-level cache
 constexpr int64_t W_BLOCK_BYTES = 512 * 1024;  // weight rows that stay there beside them
 constexpr int64_t SERIAL_PRODUCTS = 1 << 18;   // less work than this is not worth waking threads for,
 constexpr int64_t SERIAL_ELEMENTS = 1 << 15;   // and less than this when preparing rows
 
-template <class Form>
+// Some rows of a weight in memory: row n is at data + n * K, up to the last that may be fetched ahead.
+template <class Scalar>
+struct WeightRows {
+    const Scalar* data;
+    int64_t last;
+};
+
+// A weight (N, K) as it lies in a checkpoint.
+template <class Scalar>
+struct Stored {
+    static constexpr int64_t ROW_UNIT = TILE_ROWS;
+    const Scalar* weight;
+    int64_t N;
+
+    bool rows(int64_t, int64_t, int64_t, WeightRows<Scalar>& out) const {
+        out = {weight, N - 1};
+        return true;
+    }
+};
+
+// A weight (N, K) that the thread rebuilds, blocks of rows at a time.
+template <class Scalar>
+struct Rebuilt {
+    static constexpr int64_t ROW_UNIT = lowbit::kRows;
+    lowbit::ResidualMatrix matrix;
+
+    bool rows(int64_t first, int64_t last, int64_t K, WeightRows<Scalar>& out) const {
+        static thread_local Scratch scratch;
+        auto* data = reinterpret_cast<Scalar*>(scratch.floats(((last - first) * K + 1) / 2));
+        if (data == nullptr) return false;
+        constexpr int dtype = std::is_same<Scalar, Fp16>::value ? lowbit::kFloat16 : lowbit::kBfloat16;
+        matrix.template decode<dtype>(first, last, reinterpret_cast<uint16_t*>(data));
+        out = {data - first * K, last - 1};
+        return true;
+    }
+};
+
+template <class Form, class Weights>
 struct Product {
     typedef typename Form::Weight Scalar;
     typedef typename Form::Operand Operand;
 
-    const Operand* x;      // (rows, stride) prepared
-    const Scalar* weight;  // (N, K)
-    const Scalar* bias;    // (N,) or null
-    Scalar* y;             // (rows, N)
+    const Operand* x;  // (rows, stride) prepared
+    Weights weights;
+    const Scalar* bias;  // (N,) or null
+    Scalar* y;           // (rows, N)
     int64_t rows, stride, N, K;
 
-    // Outputs [first, last) of all rows.
-    void block(int64_t first, int64_t last) const {
+    // Outputs [first, last) of all rows; false for lack of memory.
+    bool block(int64_t first, int64_t last) const {
+        WeightRows<Scalar> weight;
+        if (!weights.rows(first, last, K, weight)) return false;
         const int64_t fit = X_BLOCK_BYTES / (stride * int64_t(sizeof(Operand))) / TILE_COLUMNS * TILE_COLUMNS;
         const int64_t together = larger_of(fit, TILE_COLUMNS);
         for (int64_t start = 0; start < rows; start += together) {
             const int64_t stop = smaller_of(rows, start + together);
-            for (int64_t n = first; n < last; n += TILE_ROWS) strip(n, smaller_of(last, n + TILE_ROWS), start, stop);
+            for (int64_t n = first; n < last; n += TILE_ROWS)
+                strip(weight, n, smaller_of(last, n + TILE_ROWS), start, stop);
         }
+        return true;
     }
 
     // Up to TILE_ROWS outputs of x rows [start, stop).  A missing weight row is stood in for by the last one.
-    void strip(int64_t n, int64_t n_end, int64_t start, int64_t stop) const {
+    void strip(const WeightRows<Scalar>& weight, int64_t n, int64_t n_end, int64_t start, int64_t stop) const {
         const Scalar *w[TILE_ROWS], *next[TILE_ROWS];
         for (int r = 0; r < TILE_ROWS; r++) {
-            w[r] = weight + smaller_of(n + r, n_end - 1) * K;
-            next[r] = weight + smaller_of(n + TILE_ROWS + r, N - 1) * K;
+            w[r] = weight.data + smaller_of(n + r, n_end - 1) * K;
+            next[r] = weight.data + smaller_of(n + TILE_ROWS + r, weight.last) * K;
         }
         const int64_t tiles = (stop - start + TILE_COLUMNS - 1) / TILE_COLUMNS;
         int fetched = 0;
@@ -59,8 +105,8 @@ struct Product {
     }
 };
 
-template <class Form, class Scalar>
-int linear(const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* y, int64_t T, int64_t K, int64_t N,
+template <class Form, class Weights, class Scalar>
+int linear(const Scalar* x, const Weights& weights, const Scalar* bias, Scalar* y, int64_t T, int64_t K, int64_t N,
            int threads) {
     static thread_local Scratch scratch;
     const int64_t stride = round_up(larger_of(K, 1), STEP);
@@ -68,17 +114,19 @@ int linear(const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* y,
     if (prepared == nullptr) return 1;
     int64_t step = larger_of(W_BLOCK_BYTES / (larger_of(K, 1) * int64_t(sizeof(Scalar))), TILE_ROWS);
     step = smaller_of(step, larger_of(N / (4 * threads), TILE_ROWS));
-    step = smaller_of(step, 64) / TILE_ROWS * TILE_ROWS;
+    step = larger_of(smaller_of(step, 64) / Weights::ROW_UNIT, 1) * Weights::ROW_UNIT;
     const int64_t blocks = (N + step - 1) / step;
+    bool complete = true;
     for (int64_t start = 0; start < T; start += CHUNK_ROWS) {
         const int64_t rows = smaller_of(T - start, CHUNK_ROWS);
-        const Product<Form> product{prepared, weight, bias, y + start * N, rows, stride, N, K};
+        const Product<Form, Weights> product{prepared, weights, bias, y + start * N, rows, stride, N, K};
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * K > SERIAL_ELEMENTS)
         for (int64_t t = 0; t < rows; t++) Form::prepare(x + (start + t) * K, K, prepared + t * stride);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows * K * N > SERIAL_PRODUCTS)
-        for (int64_t b = 0; b < blocks; b++) product.block(b * step, smaller_of(N, (b + 1) * step));
+        for (int64_t b = 0; b < blocks; b++)
+            if (!product.block(b * step, smaller_of(N, (b + 1) * step))) complete = false;
     }
-    return 0;
+    return complete ? 0 : 1;
 }
 
 }  // namespace
@@ -97,20 +145,31 @@ SUBSPEC_EXPORT int subspec_pairs() {
 // Returns 0, or 1 for lack of memory.
 SUBSPEC_EXPORT int subspec_linear(int dtype, int paired, const void* x, const void* weight, const void* bias, void* y,
                                   int64_t T, int64_t K, int64_t N, int threads) {
-    const auto *x16 = (const Bf16*)x, *w16 = (const Bf16*)weight, *b16 = (const Bf16*)bias;
+    const auto run = [&](auto form) {
+        typedef typename decltype(form)::Weight Scalar;
+        const Stored<Scalar> stored{(const Scalar*)weight, N};
+        return linear<decltype(form)>((const Scalar*)x, stored, (const Scalar*)bias, (Scalar*)y, T, K, N, threads);
+    };
 #if defined(__AVX512BF16__)
-    if (dtype == 0 && paired) return linear<Paired>(x16, w16, b16, (Bf16*)y, T, K, N, threads);
+    if (dtype == 0 && paired) return run(Paired());
 #else
     (void)paired;
 #endif
-    switch (dtype) {
-        case 0:
-            return linear<Widened<Bf16>>(x16, w16, b16, (Bf16*)y, T, K, N, threads);
-        case 1:
-            return linear<Widened<Fp16>>((const Fp16*)x, (const Fp16*)weight, (const Fp16*)bias, (Fp16*)y, T, K, N,
-                                         threads);
-        default:
-            return linear<Widened<float>>((const float*)x, (const float*)weight, (const float*)bias, (float*)y, T, K,
-                                          N, threads);
-    }
+    return dtype == 0 ? run(Widened<Bf16>()) : dtype == 1 ? run(Widened<Fp16>()) : run(Widened<float>());
+}
+
+// The same bits for a weight in the form of substitute and residual, bf16 or fp16.
+SUBSPEC_EXPORT int subspec_linear_residual(int dtype, int paired, const void* x, const void* tiles, const void* residual,
+                                           const void* bias, void* y, int64_t T, int64_t K, int64_t N, int threads) {
+    const auto run = [&](auto form) {
+        typedef typename decltype(form)::Weight Scalar;
+        const Rebuilt<Scalar> rebuilt{{(const uint8_t*)tiles, (const uint8_t*)residual, N, K}};
+        return linear<decltype(form)>((const Scalar*)x, rebuilt, (const Scalar*)bias, (Scalar*)y, T, K, N, threads);
+    };
+#if defined(__AVX512BF16__)
+    if (dtype == 0 && paired) return run(Paired());
+#else
+    (void)paired;
+#endif
+    return dtype == 0 ? run(Widened<Bf16>()) : run(Widened<Fp16>());
 }

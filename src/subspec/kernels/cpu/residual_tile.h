@@ -1,0 +1,452 @@
+// One tile of a residual back into exact weights.  The format is written down in substitute/residual.py.
+//
+// Fields of at most 8 bits lie one after another; where each starts follows from the codes.  Eight fields make at most
+// 64 bits: one unaligned word holds them, and one instruction spreads them into eight bytes: a multishift (AVX-512
+// VBMI), or a bit deposit (BMI2); in portable code, a loop of shifts.
+#pragma once
+#include "lowbit_numbers.h"
+
+namespace lowbit {
+
+constexpr int32_t kFloorSteps = 1024;
+constexpr int32_t kMaxWidth = 11;
+constexpr int kMainBits = 8, kExtraBits = 3;
+constexpr int64_t kTailBytes = 128; // readable after the last payload
+
+constexpr int low_bits(int dtype) { return dtype == kFloat16 ? 3 : 0; }
+
+template <int dtype> LOWBIT_INLINE int32_t pattern_of(float value) {
+  return dtype == kFloat16 ? to_float16(value) : to_bfloat16(value);
+}
+template <int dtype> LOWBIT_INLINE int32_t magnitude_of(int32_t pattern) { return (pattern & 0x7fff) >> low_bits(dtype); }
+template <int dtype> LOWBIT_INLINE int32_t place_of(int32_t pattern, int32_t floor) {
+  int32_t above = magnitude_of<dtype>(pattern) - floor;
+  above = above < 0 ? 0 : above;
+  return pattern & 0x8000 ? -above : above;
+}
+template <int dtype> LOWBIT_INLINE int32_t floor_of(float scale) {
+  int32_t floor = magnitude_of<dtype>(pattern_of<dtype>(scale)) - kFloorSteps;
+  return floor < 0 ? 0 : floor;
+}
+
+LOWBIT_INLINE int32_t at_most(int32_t value, int32_t limit) { return value < limit ? value : limit; }
+
+// What the codes of one group of one row mean: sixteen bins.
+struct Bins {
+  int16_t base[16];
+  uint8_t width[16];
+  int32_t floor;
+};
+
+#if defined(__AVX2__)
+// Magnitudes of eight finite numbers, rounded to the dtype.
+template <int dtype> LOWBIT_INLINE __m256i eight_magnitudes(__m256 value) {
+  if (dtype == kFloat16) {
+    const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_srli_epi32(_mm256_and_si256(_mm256_cvtepu16_epi32(half), _mm256_set1_epi32(0x7fff)), 3);
+  }
+  const __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_and_si256(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fff));
+}
+
+template <int dtype> LOWBIT_INLINE __m256i eight_places(__m256 steps, float scale, float mid, int32_t floor) {
+  const __m256 edge = _mm256_add_ps(_mm256_mul_ps(steps, _mm256_set1_ps(scale)), _mm256_set1_ps(mid));
+  const __m256i above = _mm256_sub_epi32(eight_magnitudes<dtype>(edge), _mm256_set1_epi32(floor));
+  const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(edge), 31);
+  return _mm256_sub_epi32(_mm256_xor_si256(_mm256_max_epi32(above, _mm256_setzero_si256()), negative), negative);
+}
+
+// Bit lengths of spans: these are below 2^16, and the exponent of one as a float tells.
+LOWBIT_INLINE __m256i eight_widths(__m256i span) {
+  const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(span)), 23);
+  return _mm256_max_epi32(_mm256_sub_epi32(exponent, _mm256_set1_epi32(126)), _mm256_setzero_si256());
+}
+
+template <int dtype> LOWBIT_INLINE void find_bins(float scale, float mid, Bins& bins) {
+  bins.floor = floor_of<dtype>(scale);
+  const __m256i one = _mm256_set1_epi32(1), most = _mm256_set1_epi32(kMaxWidth), turn = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
+  const __m256i first = eight_places<dtype>(_mm256_setr_ps(-8.5f, -7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f), scale, mid, bins.floor);
+  const __m256i second = eight_places<dtype>(_mm256_setr_ps(-0.5f, 0.5f, 1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f), scale, mid, bins.floor);
+  const __m256i next_second = _mm256_permutevar8x32_epi32(second, turn);
+  const __m256i next_first = _mm256_blend_epi32(_mm256_permutevar8x32_epi32(first, turn), next_second, 0x80);
+  __m256i low = eight_widths(_mm256_sub_epi32(next_first, first)), high = eight_widths(_mm256_sub_epi32(next_second, second));
+  low = _mm256_blend_epi32(low, _mm256_add_epi32(_mm256_shuffle_epi32(low, 0x55), one), 0x01);     // the end bins
+  high = _mm256_blend_epi32(high, _mm256_add_epi32(_mm256_shuffle_epi32(high, 0xaa), one), 0x80);
+  low = _mm256_min_epi32(low, most), high = _mm256_min_epi32(high, most);
+  const __m256i end = _mm256_sub_epi32(_mm256_add_epi32(next_first, one), _mm256_sllv_epi32(one, low));
+  const __m256i base = _mm256_packs_epi32(_mm256_blend_epi32(first, end, 0x01), second);
+  const __m256i width = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+  _mm256_storeu_si256((__m256i*)bins.base, _mm256_permute4x64_epi64(base, 0xd8));
+  _mm_storeu_si128((__m128i*)bins.width, _mm_packus_epi16(_mm256_castsi256_si128(width), _mm256_extracti128_si256(width, 1)));
+}
+#else
+template <int dtype> LOWBIT_INLINE void find_bins(float scale, float mid, Bins& bins) {
+  const int32_t floor = bins.floor = floor_of<dtype>(scale);
+  float edge[16];
+  int32_t lower[17], width[16];
+  for (int q = 0; q < 16; q++) {
+    const float product = ((float)q - 8.5f) * scale;
+    edge[q] = product + mid;
+  }
+  for (int q = 0; q < 16; q++) { // a form of place_of that compilers turn into vectors
+    const int32_t raw = bits<int32_t>(edge[q]), rounded = (raw + 0x7fff + (raw >> 16 & 1)) >> 16;
+    const int32_t magnitude = magnitude_of<dtype>(dtype == kFloat16 ? to_float16(edge[q]) : rounded);
+    const int32_t above = magnitude - floor, negative = raw >> 31;
+    lower[q] = ((above & ~(above >> 31)) ^ negative) - negative;
+  }
+  lower[16] = lower[15]; // of no use, but defined
+  for (int q = 0; q < 16; q++) { // spans are below 2^16: the exponent of one as a float tells its bit length
+    const int32_t length = (bits<int32_t>((float)(lower[q + 1] - lower[q])) >> 23) - 126, over = kMaxWidth - length;
+    width[q] = (length & ~(length >> 31)) + (over & over >> 31);
+  }
+  width[0] = at_most(width[1] + 1, kMaxWidth);
+  width[15] = at_most(width[14] + 1, kMaxWidth);
+  lower[0] = lower[1] - (1 << width[0]) + 1;
+  for (int q = 0; q < 16; q++) bins.base[q] = (int16_t)lower[q], bins.width[q] = (uint8_t)width[q];
+}
+#endif
+
+// The codes of a tile, by row.
+LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup]) {
+  for (int t = 0; t < 8; t++)
+    for (int r = 0; r < kRows; r++) {
+      const uint64_t both = load<uint32_t>(tile + 64 * t + 4 * r);
+      const uint64_t eight = (both & 0x0f0f0f0f) | (both >> 4 & 0x0f0f0f0f) << 32;
+      memcpy(codes[r] + 8 * t, &eight, 8);
+    }
+}
+
+// 64 bits of a byte stream from bit `at` on.
+LOWBIT_INLINE uint64_t bits_at(const uint8_t* from, int64_t at) {
+  const int shift = at & 7;
+  const uint64_t first = load<uint64_t>(from + (at >> 3)) >> shift;
+  return first | ((uint64_t)from[(at >> 3) + 8] << 1) << (63 - shift);
+}
+
+// One row's 64 weights of one group.  `valid` of them exist; `out` has room for those.  Returns the bytes consumed.
+#if defined(__AVX2__) && defined(__BMI2__)
+
+// Eight fields, as long as the ones in each byte of `mask`, from the lower bits of `packed` into bytes.  Returns their bits.
+LOWBIT_INLINE int spread(uint64_t packed, const uint8_t* mask, uint8_t* fields) {
+  const uint64_t masks = load<uint64_t>(mask), eight = _pdep_u64(packed, masks);
+  memcpy(fields, &eight, 8);
+  return __builtin_popcountll(masks);
+}
+
+template <int dtype>
+LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGroup], const Bins& bins, int64_t valid,
+                                 uint16_t* out) {
+  alignas(64) uint8_t masks[2][kGroup], main[kGroup], extra[kGroup], low[kGroup] = {};
+  const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bins.width));
+  const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, -1, 0, 0, 0, 0));
+  const __m256i extra_ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7, 7, 0, 0, 0, 0));
+  for (int i = 0; i < kGroup; i += 32) {
+    const __m256i width = _mm256_shuffle_epi8(widths, _mm256_loadu_si256((const __m256i*)(codes + i)));
+    _mm256_store_si256((__m256i*)(masks[0] + i), _mm256_shuffle_epi8(ones, width));
+    _mm256_store_si256((__m256i*)(masks[1] + i), _mm256_shuffle_epi8(extra_ones, width));
+  }
+  if (valid < kGroup)
+    for (uint8_t* mask : masks) memset(mask + valid, 0, kGroup - valid);
+  int64_t at = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; i += 8) at += spread(bits_at(payload, at), masks[0] + i, main + i);
+  at = (at + 7) & ~(int64_t)7;
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; i += 8) at += spread(load<uint64_t>(payload + (at >> 3)) >> (at & 7), masks[1] + i, extra + i);
+  at = (at + 7) & ~(int64_t)7;
+  if (dtype == kFloat16) {
+    static const uint8_t three[8] = {7, 7, 7, 7, 7, 7, 7, 7};
+    for (int64_t i = 0; i < valid; i += 8) spread(load<uint32_t>(payload + (at + 3 * i) / 8), three, low + i);
+    at += (3 * valid + 7) / 8 * 8;
+  }
+  alignas(64) uint16_t whole[kGroup];
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  const __m256i split = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)bins.base), order);
+  const __m256i low_bytes = _mm256_permute4x64_epi64(split, 0x88), high_bytes = _mm256_permute4x64_epi64(split, 0xdd);
+  const __m256i floor = _mm256_set1_epi16((int16_t)bins.floor), zero = _mm256_setzero_si256();
+  for (int i = 0; i < kGroup; i += 32) {
+    const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + i));
+    const __m256i base_low = _mm256_shuffle_epi8(low_bytes, code), base_high = _mm256_shuffle_epi8(high_bytes, code);
+    const __m256i lower = _mm256_load_si256((const __m256i*)(main + i));
+    const __m256i upper = _mm256_load_si256((const __m256i*)(extra + i));
+    const __m256i lowest = _mm256_load_si256((const __m256i*)(low + i));
+    __m256i half[2] = {_mm256_add_epi16(_mm256_unpacklo_epi8(base_low, base_high), _mm256_unpacklo_epi8(lower, upper)),
+                       _mm256_add_epi16(_mm256_unpackhi_epi8(base_low, base_high), _mm256_unpackhi_epi8(lower, upper))};
+    const __m256i tail[2] = {_mm256_unpacklo_epi8(lowest, zero), _mm256_unpackhi_epi8(lowest, zero)};
+    for (int h = 0; h < 2; h++) {
+      const __m256i place = half[h];
+      __m256i pattern = _mm256_add_epi16(_mm256_abs_epi16(place), floor);
+      pattern = _mm256_andnot_si256(_mm256_cmpeq_epi16(place, zero), pattern);
+      if (dtype == kFloat16) pattern = _mm256_or_si256(_mm256_slli_epi16(pattern, 3), tail[h]);
+      half[h] = _mm256_or_si256(pattern, _mm256_and_si256(place, _mm256_set1_epi16((int16_t)0x8000)));
+    }
+    _mm256_store_si256((__m256i*)(whole + i), _mm256_permute2x128_si256(half[0], half[1], 0x20));
+    _mm256_store_si256((__m256i*)(whole + i + 16), _mm256_permute2x128_si256(half[0], half[1], 0x31));
+  }
+  if (valid == kGroup) memcpy(out, whole, sizeof whole);
+  else memcpy(out, whole, 2 * valid);
+  return at >> 3;
+}
+
+#else
+
+template <int dtype>
+LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGroup], const Bins& bins, int64_t valid,
+                                 uint16_t* out) {
+  int32_t places[kGroup + 8];
+  uint8_t wide[kGroup], main_width[16];
+  for (int q = 0; q < 16; q++) main_width[q] = (uint8_t)at_most(bins.width[q], kMainBits);
+  int64_t at = 0, wide_count = 0;
+  for (int64_t i = 0; i < valid; i += 8) {
+    uint64_t window = bits_at(payload, at);
+    const int64_t count = valid - i < 8 ? valid - i : 8;
+    for (int64_t j = i; j < i + count; j++) {
+      const int q = codes[j], width = main_width[q];
+      places[j] = bins.base[q] + (int32_t)(window & ((1u << width) - 1));
+      window >>= width;
+      at += width;
+      wide[wide_count] = (uint8_t)j;
+      wide_count += bins.width[q] > kMainBits;
+    }
+  }
+  at = (at + 7) & ~(int64_t)7;
+  for (int64_t i = 0; i < wide_count; i++, at += kExtraBits)
+    places[wide[i]] += (load<uint16_t>(payload + (at >> 3)) >> (at & 7) & 7) << kMainBits;
+  at = (at + 7) & ~(int64_t)7;
+  for (int64_t i = 0; i < valid; i++) {
+    const int32_t place = places[i], negative = place >> 31, distance = (place ^ negative) - negative;
+    const int32_t magnitude = distance == 0 ? 0 : distance + bins.floor;
+    out[i] = (uint16_t)(magnitude << low_bits(dtype) | (negative & 0x8000));
+  }
+  if (dtype == kFloat16) {
+    for (int64_t i = 0; i < valid; i++, at += 3) out[i] |= load<uint16_t>(payload + (at >> 3)) >> (at & 7) & 7;
+    at = (at + 7) & ~(int64_t)7;
+  }
+  return at >> 3;
+}
+#endif
+
+#if defined(__AVX512VBMI2__)
+
+// The same with 64 weights to a register.
+struct WideBins {
+  __m512i table; // sixteen times: base in the lower two bytes, width in the third
+  __m512i floor; // words
+};
+
+// The scales, mids and floors of a tile's rows, each as it is wanted in every lane of a register.
+struct TileLines {
+  alignas(64) float scale[kRows], mid[kRows];
+  alignas(64) int32_t floor[kRows], floor_twice[kRows]; // the second: once in either half
+};
+
+// Magnitudes of sixteen finite numbers, rounded to the dtype.
+template <int dtype> LOWBIT_INLINE __m512i sixteen_magnitudes(__m512 value) {
+  if (dtype == kFloat16) {
+    const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_srli_epi32(_mm512_and_si512(_mm512_cvtepu16_epi32(half), _mm512_set1_epi32(0x7fff)), 3);
+  }
+  const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_and_si512(_mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7fff));
+}
+
+template <int dtype> LOWBIT_INLINE void find_lines(const uint8_t* ends, TileLines& lines) {
+  const __m512i scale = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)ends)), 16);
+  const __m512i mid = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(ends + 32))), 16);
+  const __m512i above = _mm512_sub_epi32(sixteen_magnitudes<dtype>(_mm512_castsi512_ps(scale)), _mm512_set1_epi32(kFloorSteps));
+  const __m512i floor = _mm512_max_epi32(above, _mm512_setzero_si512());
+  _mm512_store_si512(lines.scale, scale);
+  _mm512_store_si512(lines.mid, mid);
+  _mm512_store_si512(lines.floor, floor);
+  _mm512_store_si512(lines.floor_twice, _mm512_or_si512(floor, _mm512_slli_epi32(floor, 16)));
+}
+
+template <int dtype> LOWBIT_INLINE WideBins find_wide_bins(const TileLines& lines, int64_t row) {
+  const __m512 steps = _mm512_setr_ps(-8.5f, -7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f,
+                                      4.5f, 5.5f, 6.5f);
+  const __m512i zero = _mm512_setzero_si512(), one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(kMaxWidth);
+  const __m512 edge = _mm512_add_ps(_mm512_mul_ps(steps, _mm512_set1_ps(lines.scale[row])), _mm512_set1_ps(lines.mid[row]));
+  const __m512i distance = _mm512_sub_epi32(sixteen_magnitudes<dtype>(edge), _mm512_set1_epi32(lines.floor[row]));
+  const __m512i above = _mm512_max_epi32(distance, zero);
+  const __m512i lower = _mm512_mask_sub_epi32(above, _mm512_movepi32_mask(_mm512_castps_si512(edge)), zero, above);
+  const __m512i upper = _mm512_alignr_epi32(lower, lower, 1);
+  const __m512i length = _mm512_sub_epi32(_mm512_set1_epi32(32), _mm512_lzcnt_epi32(_mm512_sub_epi32(upper, lower)));
+  __m512i width = _mm512_permutexvar_epi32(_mm512_setr_epi32(1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 14), length);
+  width = _mm512_min_epu32(_mm512_mask_add_epi32(width, 0x8001, width, one), most);
+  const __m512i end = _mm512_sub_epi32(_mm512_add_epi32(upper, one), _mm512_sllv_epi32(one, width));
+  const __m512i base = _mm512_mask_mov_epi32(lower, 1, end);
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, base, _mm512_slli_epi32(width, 16)), _mm512_set1_epi32(lines.floor_twice[row])};
+}
+
+// Codes of the four rows 4 l + j, l = 0..3, of a tile whose line-by-line registers were transposed to `first` (lines
+// 0..3) and `second` (lines 4..7): rows in order, columns in order.
+LOWBIT_INLINE void four_rows(__m512i first, __m512i second, __m512i rows[4]) {
+  const __m512i nibbles = _mm512_set1_epi8(15);
+  const __m512i low_a = _mm512_and_si512(first, nibbles), high_a = _mm512_and_si512(_mm512_srli_epi16(first, 4), nibbles);
+  const __m512i low_b = _mm512_and_si512(second, nibbles), high_b = _mm512_and_si512(_mm512_srli_epi16(second, 4), nibbles);
+  const __m512i a = _mm512_unpacklo_epi32(low_a, high_a), b = _mm512_unpackhi_epi32(low_a, high_a);
+  const __m512i c = _mm512_unpacklo_epi32(low_b, high_b), d = _mm512_unpackhi_epi32(low_b, high_b);
+  // Lane l of a, b, c, d holds columns 0-15, 16-31, 32-47, 48-63 of row l: transpose lanes.
+  const __m512i ab_even = _mm512_shuffle_i32x4(a, b, 0x88), ab_odd = _mm512_shuffle_i32x4(a, b, 0xdd); // a0 a2 b0 b2, a1 a3 b1 b3
+  const __m512i cd_even = _mm512_shuffle_i32x4(c, d, 0x88), cd_odd = _mm512_shuffle_i32x4(c, d, 0xdd);
+  rows[0] = _mm512_shuffle_i32x4(ab_even, cd_even, 0x88);
+  rows[2] = _mm512_shuffle_i32x4(ab_even, cd_even, 0xdd);
+  rows[1] = _mm512_shuffle_i32x4(ab_odd, cd_odd, 0x88);
+  rows[3] = _mm512_shuffle_i32x4(ab_odd, cd_odd, 0xdd);
+}
+
+LOWBIT_INLINE void wide_codes(const uint8_t* tile, __m512i codes[kRows]) {
+  __m512i pairs[8], quads[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i even = _mm512_loadu_si512(tile + 128 * i), odd = _mm512_loadu_si512(tile + 128 * i + 64);
+    pairs[2 * i] = _mm512_unpacklo_epi32(even, odd);     // rows 4 l and 4 l + 1
+    pairs[2 * i + 1] = _mm512_unpackhi_epi32(even, odd); // rows 4 l + 2 and 4 l + 3
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) { // quads[4 i + j]: lines 4 i .. 4 i + 3 of rows 4 l + j
+    quads[4 * i] = _mm512_unpacklo_epi64(pairs[4 * i], pairs[4 * i + 2]);
+    quads[4 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * i], pairs[4 * i + 2]);
+    quads[4 * i + 2] = _mm512_unpacklo_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+    quads[4 * i + 3] = _mm512_unpackhi_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512i rows[4];
+    four_rows(quads[j], quads[4 + j], rows);
+    for (int l = 0; l < 4; l++) codes[4 * l + j] = rows[l];
+  }
+}
+
+LOWBIT_INLINE __m512i repeated_bytes() { // byte 0 of each of a word's eight bytes
+  return _mm512_set_epi64(0x0808080808080808, 0, 0x0808080808080808, 0, 0x0808080808080808, 0, 0x0808080808080808, 0);
+}
+
+// 64 fields of 3 bits, one after another, into bytes.
+LOWBIT_INLINE __m512i three_bit_fields(const uint8_t* from) {
+  const __m512i words = _mm512_set_epi64(0x1c1b1a1918171615, 0x1918171615141312, 0x161514131211100f, 0x131211100f0e0d0c,
+                                         0x100f0e0d0c0b0a09, 0x0d0c0b0a09080706, 0x0a09080706050403, 0x0706050403020100);
+  const __m512i shifts = _mm512_set1_epi64(0x15120f0c09060300);
+  const __m512i data = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(words, data)), _mm512_set1_epi8(7));
+}
+
+template <int dtype, bool whole>
+LOWBIT_INLINE int64_t decode_wide_row(const uint8_t* payload, __m512i codes, const WideBins& bins, int64_t valid, uint16_t* out) {
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i ones = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, 0, 0, 0, 0, 0, 0, 0));
+  const __m512i twice = _mm512_add_epi8(codes, codes);
+  __m512i width = _mm512_permutexvar_epi8(_mm512_add_epi8(_mm512_add_epi8(twice, twice), _mm512_set1_epi8(2)), bins.table);
+  if (!whole) width = _mm512_maskz_mov_epi8(~0ull >> (64 - valid), width);
+  const __m512i main_width = _mm512_min_epu8(width, _mm512_set1_epi8(kMainBits));
+  const __mmask64 wide = _mm512_cmpgt_epu8_mask(width, _mm512_set1_epi8(kMainBits));
+  // Where fields end inside their eight (bytes), and where each eight starts (words).
+  __m512i ends = _mm512_add_epi8(main_width, _mm512_slli_epi64(main_width, 8));
+  ends = _mm512_add_epi8(ends, _mm512_slli_epi64(ends, 16));
+  ends = _mm512_add_epi8(ends, _mm512_slli_epi64(ends, 32));
+  const __m512i sizes = _mm512_srli_epi64(ends, 56);
+  __m512i sums = _mm512_add_epi64(sizes, _mm512_alignr_epi64(sizes, zero, 7));
+  sums = _mm512_add_epi64(sums, _mm512_alignr_epi64(sums, zero, 6));
+  sums = _mm512_add_epi64(sums, _mm512_alignr_epi64(sums, zero, 4));
+  const __m512i starts = _mm512_sub_epi64(sums, sizes);
+  const int64_t main_bits = _mm_extract_epi64(_mm512_extracti64x2_epi64(sums, 3), 1);
+  // A word of 64 bits from each start on; what lies beyond the register's 64 bytes is never part of a field.
+  const __m512i first = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_srli_epi64(starts, 3), repeated_bytes()),
+                                        _mm512_set1_epi64(0x0706050403020100));
+  const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(8));
+  const __m512i data = _mm512_loadu_si512(payload);
+  const __m512i window = _mm512_shrdv_epi64(_mm512_permutexvar_epi8(first, data), _mm512_permutexvar_epi8(second, data),
+                                            _mm512_and_si512(starts, _mm512_set1_epi64(7)));
+  const __m512i main = _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_slli_epi64(ends, 8), window),
+                                        _mm512_shuffle_epi8(ones, main_width));
+  int64_t used = (main_bits + 7) >> 3;
+  const __m512i extra = _mm512_maskz_expand_epi8(wide, three_bit_fields(payload + used));
+  used += (kExtraBits * __builtin_popcountll(wide) + 7) >> 3;
+  __m512i half[2] = {_mm512_add_epi16(_mm512_permutexvar_epi16(_mm512_unpacklo_epi8(twice, twice), bins.table),
+                                      _mm512_unpacklo_epi8(main, extra)),
+                     _mm512_add_epi16(_mm512_permutexvar_epi16(_mm512_unpackhi_epi8(twice, twice), bins.table),
+                                      _mm512_unpackhi_epi8(main, extra))};
+  __m512i low[2] = {zero, zero};
+  if (dtype == kFloat16) {
+    const __m512i fields = three_bit_fields(payload + used);
+    low[0] = _mm512_unpacklo_epi8(fields, zero), low[1] = _mm512_unpackhi_epi8(fields, zero);
+    used += (3 * valid + 7) >> 3;
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __m512i place = half[h], magnitude = _mm512_abs_epi16(place);
+    __m512i pattern = _mm512_maskz_add_epi16(_mm512_test_epi16_mask(place, place), magnitude, bins.floor);
+    if (dtype == kFloat16) pattern = _mm512_or_si512(_mm512_slli_epi16(pattern, 3), low[h]);
+    half[h] = _mm512_ternarylogic_epi32(pattern, place, _mm512_set1_epi16((int16_t)0x8000), 0xf8); // pattern | place & sign
+  }
+  const __m512i early = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), late = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i left = _mm512_permutex2var_epi64(half[0], early, half[1]);
+  const __m512i right = _mm512_permutex2var_epi64(half[0], late, half[1]);
+  if (whole) {
+    _mm512_storeu_si512(out, left);
+    _mm512_storeu_si512(out + 32, right);
+  } else {
+    const uint64_t kept = ~0ull >> (64 - valid);
+    _mm512_mask_storeu_epi16(out, (__mmask32)kept, left);
+    _mm512_mask_storeu_epi16(out + 32, (__mmask32)(kept >> 32), right);
+  }
+  return used;
+}
+#endif
+
+// The first `rows` of a tile's `present` rows, `columns` weights each, to `out` (row stride in elements).  Its payload is
+// [from, to).
+template <int dtype, bool whole>
+LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const uint8_t* to, int64_t present, int64_t rows,
+                               int64_t columns, uint16_t* out, int64_t stride) {
+  uint16_t unwanted[kGroup];
+  const uint8_t* ends = tile + kCodeBytes;
+#if defined(__AVX512VBMI2__)
+  __m512i codes[kRows];
+  TileLines lines;
+  wide_codes(tile, codes);
+  find_lines<dtype>(ends, lines);
+#else
+  alignas(64) uint8_t codes[kRows][kGroup];
+  tile_codes(tile, codes);
+#endif
+  for (int64_t r = 0; r < present; r++) { // escapes lie behind the last
+    uint16_t* row = r < rows ? out + r * stride : unwanted;
+#if defined(__AVX512VBMI2__)
+    from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
+#else
+    Bins bins;
+    find_bins<dtype>(from_bfloat16(load<uint16_t>(ends + 2 * r)), from_bfloat16(load<uint16_t>(ends + 32 + 2 * r)), bins);
+    from += decode_row<dtype>(from, codes[r], bins, columns, row);
+#endif
+  }
+  for (; from + 4 <= to; from += 4) {
+    const int64_t at = load<uint16_t>(from), row = at / kGroup, column = at % kGroup;
+    if (row < rows && column < columns) out[row * stride + column] = load<uint16_t>(from + 2);
+  }
+}
+
+// A matrix (n, k) in the form of substitute and residual.
+struct ResidualMatrix {
+  const uint8_t *tiles, *residual;
+  int64_t n, k;
+
+  // Rows [first, last), `first` a multiple of 16, to `out` (row stride k).
+  template <int dtype> void decode(int64_t first, int64_t last, uint16_t* out) const {
+    const int64_t groups = (k + kGroup - 1) / kGroup, stripes = (n + kRows - 1) / kRows;
+    const uint8_t *directory = residual, *payload = residual + 4 * (stripes * groups + 1);
+    for (int64_t row = first; row < last; row += kRows) {
+      const int64_t rows = last - row < kRows ? last - row : kRows, present = n - row < kRows ? n - row : kRows;
+      for (int64_t g = 0, at = row / kRows * groups; g < groups; g++, at++) {
+        const uint8_t *from = payload + load<uint32_t>(directory + 4 * at), *to = payload + load<uint32_t>(directory + 4 * at + 4);
+        uint16_t* place = out + (row - first) * k + g * kGroup;
+        if (k - g * kGroup >= kGroup) decode_tile<dtype, true>(tiles + at * kTileBytes, from, to, present, rows, kGroup, place, k);
+        else decode_tile<dtype, false>(tiles + at * kTileBytes, from, to, present, rows, k - g * kGroup, place, k);
+      }
+    }
+  }
+};
+
+} // namespace lowbit

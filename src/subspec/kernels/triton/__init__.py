@@ -1,0 +1,1 @@
+"""Fast twins of documented reference functions, in Triton; importing a module of this folder needs Triton."""

@@ -1,0 +1,37 @@
+"""Residual images: the residuals of a unit's matrices in one run of bytes.
+
+An image begins with one little-endian uint64 a matrix, the byte where its residual starts, padded to 64
+bytes; each residual starts at a multiple of 64 bytes and ends where the next one, or the image, does.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+UNIT_BYTES = 64
+
+
+def _aligned(n_bytes: int) -> int:
+    """``n_bytes`` rounded up to whole units."""
+    return -(-n_bytes // UNIT_BYTES) * UNIT_BYTES
+
+
+def join(residuals: Sequence[Tensor]) -> list[Tensor]:
+    """The image of some residuals (uint8) as pieces to write one after another, padding included."""
+    starts, end = [], _aligned(8 * len(residuals))
+    for residual in residuals:
+        starts.append(end)
+        end = _aligned(end + len(residual))
+    header = torch.zeros(_aligned(8 * len(residuals)), dtype=torch.uint8)
+    header[: 8 * len(starts)] = torch.tensor(starts, dtype=torch.int64).view(torch.uint8)
+    pieces = [header]
+    for residual in residuals:
+        pieces += [residual, torch.zeros(_aligned(len(residual)) - len(residual), dtype=torch.uint8)]
+    return pieces
+
+
+def split(image: Tensor, count: int) -> list[Tensor]:
+    """The ``count`` residuals of an image (uint8), as views; each reaches to the next one's start."""
+    starts: list[int] = image[: 8 * count].view(torch.int64).tolist()
+    return [image[start:end] for start, end in zip(starts, [*starts[1:], len(image)], strict=True)]
