@@ -4,6 +4,7 @@ The mode ``raw`` is plain decoding that streams raw weights: what offloading doe
 needs another store, and so another model object; one is open at a time, to have the machine to itself.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,11 @@ class Models:
         return self._open
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open, and free its memory before another model takes as much."""
         if self._open is not None:
             self._open.close()
             self._open = None
+            gc.collect()
 
 
 def parse_modes(text: str) -> tuple[str, ...]:

@@ -93,8 +93,7 @@ def bench(
             lambda form: options.open_llm(model, progress, **engine, **tree, stream=form or stream)
         )
         try:
-            llm = models(settings.modes[-1])
-            meter = LinkMeter(llm.store_path)
+            meter = LinkMeter(models(settings.modes[-1]).store_path)
             runs = run_prompts(models, chosen, settings, meter, progress)
             record = _record(models(settings.modes[-1]), settings, meter, runs)
         finally:
