@@ -163,3 +163,15 @@ def test_a_growing_tree_keeps_the_likeliest_guesses() -> None:
     assert [round(float(torch.tensor(score).exp()), 3) for score in tree.scores[3:]] == [
         round(value, 3) for value in ranked
     ]
+
+
+def test_unlikely_nodes_are_left_out_with_all_below_them() -> None:
+    tree = DraftTree.rooted(5, 3)
+    likely = tree.add(7, 0, math.log(0.5))
+    doubtful = tree.add(8, likely, math.log(0.05))
+    unlikely = tree.add(9, 0, math.log(0.03))
+    below = tree.add(10, unlikely, math.log(0.02))
+    assert tree.best(9, 0.04) == [0, likely, doubtful]
+    assert tree.best(9, 0.02 * 0.999) == [0, likely, doubtful, unlikely, below]
+    assert tree.best(2, 0.04) == [0, likely]
+    assert tree.best(9, 1.0) == [0]

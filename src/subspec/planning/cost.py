@@ -24,6 +24,11 @@ class Images:
     rebuilt: bool = False
     scratch: int = 0
 
+    @property
+    def plain_bytes(self) -> int:
+        """Of all units as plain weights."""
+        return len(self.layers) * self.plain_layer + sum(self.plain_chunks)
+
 
 @dataclass(frozen=True)
 class SweepCosts:
@@ -68,11 +73,10 @@ class Residents:
 
     def sweep_s(self, images: Images, costs: SweepCosts) -> float:
         """Seconds of a sweep with one row."""
-        everything = len(images.layers) * images.plain_layer + sum(images.plain_chunks)
         plain = len(self.plain_layers) * images.plain_layer + sum(images.plain_chunks[: self.plain_chunks])
         if not images.rebuilt:
-            plain = everything
-        return costs.sweep_s(self.streamed_bytes(images), plain, everything - plain)
+            plain = images.plain_bytes
+        return costs.sweep_s(self.streamed_bytes(images), plain, images.plain_bytes - plain)
 
 
 def choose_residents(

@@ -27,11 +27,13 @@ NOISE_BYTES = 4  # a position's noise, per vocabulary entry
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
 
 
-# Measured (docs/log.md): a sweep that streams costs as much as dozens of draft levels, and hides the products
-# of many rows behind the link; a resident one costs a few levels, and every further row counts.
+# Measured (docs/log.md): a sweep that streams costs as much as dozens of draft levels.  Raw, it hides the
+# products of many rows behind the link; residuals are there in less than half the time, and a row must be
+# worth its products.  A sweep over plain weights in memory costs a few levels.
 STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
+REBUILT_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.2, min_score=0.04)
 RESIDENT_TREE = TreeShape(depth=8, width=2, nodes=8, min_reach=0.5)
-MOSTLY_RESIDENT = 0.1  # share of the weights below which streaming no longer decides a sweep's time
+MOSTLY_PLAIN = 0.9  # share of the weights above which neither streaming nor rebuilding decides a sweep's time
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Plan:
         context: tokens of prompt and text together.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
         min_reach: probability of reaching the last level below which no further one is drafted.
+        min_score: nodes less likely to be reached than this are not verified.
         draft_temperature: divisor of the draft's scores.
         prefill_rows: prompt rows that go through a layer at once.
         resident_layers: layers whose exact weights stay.
@@ -95,6 +98,7 @@ class Plan:
     width: int
     nodes: int
     min_reach: float
+    min_score: float
     draft_temperature: float
     prefill_rows: int
     resident_layers: tuple[int, ...]
@@ -115,7 +119,7 @@ class Plan:
     @property
     def tree(self) -> TreeShape:
         """The draft tree."""
-        return TreeShape(self.depth, self.width, self.nodes, self.min_reach)
+        return TreeShape(self.depth, self.width, self.nodes, self.min_reach, self.min_score)
 
     @property
     def cache_slots(self) -> int:
@@ -180,10 +184,12 @@ def make_plan(
     costs = costs or SweepCosts()
     # The tree that needs least decides the minimum.
     small = _spend(config, itemsize, small_bytes, request, RESIDENT_TREE, images, costs)
-    if small.streamed_bytes < MOSTLY_RESIDENT * sum(images.layers):
+    plain = len(small.plain_layers) * images.plain_layer + sum(images.plain_chunks[: small.plain_chunks])
+    if plain >= MOSTLY_PLAIN * images.plain_bytes:
         return small
+    tree = REBUILT_TREE if images.rebuilt else STREAMED_TREE
     try:
-        return _spend(config, itemsize, small_bytes, request, STREAMED_TREE, images, costs)
+        return _spend(config, itemsize, small_bytes, request, tree, images, costs)
     except BudgetError:
         return small
 
@@ -256,6 +262,7 @@ def _wishes(config: ModelConfig, request: Request, defaults: TreeShape) -> dict[
         "width": min(width, config.vocab_size),
         "nodes": nodes,
         "min_reach": reach,
+        "min_score": defaults.min_score if request.nodes is None else 0.0,
         "prefill_rows": rows,
         "draft_temperature": temperature,
     }

@@ -99,7 +99,7 @@ def _step(
     if shape is not None and remaining > 1:
         depth = min(shape.depth, remaining - 1)  # a path of this depth, and its bonus token
         grow(tree, passes.draft, sampler, replace(shape, depth=depth))
-        nodes = tree.best(shape.nodes)
+        nodes = tree.best(shape.nodes, shape.min_score)
     drafted = time.perf_counter()
     logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)
     result = walk(tree, nodes, logits, sampler.choose)

@@ -24,12 +24,14 @@ class TreeShape:
         nodes: nodes that a sweep verifies, the root included.
         min_reach: no further level is drafted once the target reaches the last one with less than this
             probability, as the scores have it; 0 always drafts the whole depth.
+        min_score: nodes that the target reaches with less than this probability are not verified.
     """
 
     depth: int
     width: int
     nodes: int
     min_reach: float = 0.0
+    min_score: float = 0.0
 
     @property
     def drafted(self) -> int:

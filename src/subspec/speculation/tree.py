@@ -4,6 +4,7 @@ The root is the last committed token.  Node i's keys and values go to slot ``bas
 the length of the committed prefix (the root's own position).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -82,11 +83,12 @@ class DraftTree:
                 found.setdefault(self.parents[node], {})[self.tokens[node]] = node
         return found
 
-    def best(self, count: int) -> list[int]:
+    def best(self, count: int, min_score: float = 0.0) -> list[int]:
         """The root and the ``count`` − 1 best-scored other nodes, in order, each after its parent.
 
-        A child never scores above its parent, so the best nodes are closed under parents; ties go to the
-        older node.
+        Leaves out nodes whose score stands for a probability below ``min_score``.  A child never scores above
+        its parent, so the best nodes are closed under parents; ties go to the older node.
         """
-        ranked = sorted(range(len(self)), key=lambda node: (-self.scores[node], node))
+        likely = [node for node in range(len(self)) if math.exp(self.scores[node]) >= min_score]
+        ranked = sorted(likely, key=lambda node: (-self.scores[node], node))
         return sorted(ranked[:count])
