@@ -1,5 +1,6 @@
 """The draft tree: its rows, its best part, and the target's walk through it, against brute force."""
 
+import math
 import random
 from collections.abc import Sequence
 
