@@ -103,7 +103,7 @@ def _warnings(findings: dict[str, Any]) -> list[str]:
     if forced := os.environ.get("SUBSPEC_KERNELS"):
         found.append(f"SUBSPEC_KERNELS={forced} decides on the kernels")
     elif findings["kernels"]["level"] == "reference":
-        found.append("no native kernels: everything runs on the slow reference functions")
+        found.append("no native kernels: everything runs on slow reference functions, and weights stream raw")
     found += [f"{dtype}: {way}" for dtype, way in findings["exact_product"].items() if way.startswith("none")]
     if not disk["direct_reads"]:
         found.append(f"direct reads do not work at {disk['store']}: {disk['direct_reads_failure']}")

@@ -1,0 +1,103 @@
+"""Which units stay: within the budget, as many as fit, and as plain weights where that shortens a sweep."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspec.planning.cost import Images, Residents, SweepCosts, choose_residents
+
+PAGE = 4096
+sizes = st.integers(1, 60).map(lambda pages: pages * PAGE)
+
+
+@st.composite
+def images(draw: st.DrawFn, rebuilt: bool = True) -> Images:
+    plain_layer = draw(sizes)
+    plain_chunks = tuple(draw(st.lists(sizes, min_size=1, max_size=4)))
+    layers = draw(st.integers(1, 12))
+    if not rebuilt:
+        return Images((plain_layer,) * layers, plain_chunks, plain_layer, plain_chunks)
+    share = st.floats(0.3, 1.1)
+    return Images(
+        tuple(int(plain_layer * draw(share)) // PAGE * PAGE + PAGE for _ in range(layers)),
+        tuple(int(chunk * draw(share)) // PAGE * PAGE + PAGE for chunk in plain_chunks),
+        plain_layer,
+        plain_chunks,
+        rebuilt=True,
+    )
+
+
+costs = st.builds(
+    SweepCosts,
+    link_bytes_per_s=st.sampled_from([1e6, 1e9, 1e12]),
+    plain_s_per_byte=st.sampled_from([0.0, 1e-10, 1e-6]),
+    rebuilt_s_per_byte=st.sampled_from([0.0, 1e-10, 1e-6]),
+)
+
+
+def check(found: Residents, units: Images, spare: int, slots: int) -> None:
+    streamed = found.streamed_bytes(units)
+    assert found.held_bytes(units) + (slots if streamed else 0) <= spare
+    assert set(found.plain_layers) <= set(found.layers) <= set(range(len(units.layers)))
+    assert 0 <= found.plain_chunks <= found.chunks <= len(units.chunks)
+    assert found.chunks == 0 or len(found.layers) == len(units.layers)
+    kept = {*found.layers}
+    expected = sum(size for index, size in enumerate(units.layers) if index not in kept)
+    assert streamed == expected + sum(units.chunks[found.chunks :])
+
+
+@given(units=images(), spare=st.integers(0, 900 * PAGE), own=costs)
+def test_what_stays_fits_and_is_never_worse_than_nothing_plain(
+    units: Images, spare: int, own: SweepCosts
+) -> None:
+    slots = 2 * max(*units.layers, *units.chunks)
+    found = choose_residents(units, spare, slots, own)
+    everything = sum(units.layers) + sum(units.chunks)
+    if found is None:
+        assert spare < min(slots, everything)
+        return
+    check(found, units, spare, slots)
+    link_alone = choose_residents(units, spare, slots, SweepCosts())
+    assert link_alone is not None
+    check(link_alone, units, spare, slots)
+    assert found.sweep_s(units, own) <= link_alone.sweep_s(units, own)
+    assert (link_alone.streamed_bytes(units) == 0) == (spare >= everything)
+
+
+@given(units=images(rebuilt=False), spare=st.integers(0, 900 * PAGE))
+def test_plain_images_stay_plain(units: Images, spare: int) -> None:
+    slots = 2 * max(*units.layers, *units.chunks)
+    found = choose_residents(units, spare, slots, SweepCosts())
+    if found is not None:
+        check(found, units, spare, slots)
+        assert (found.plain_layers, found.plain_chunks) == (found.layers, found.chunks)
+
+
+UNITS = Images((50,) * 8, (50, 50), 100, (100, 100), rebuilt=True)
+
+
+@pytest.mark.parametrize(
+    ("spare", "own", "resident", "plain"),
+    [
+        (2000, SweepCosts(), 10, 10),  # everything fits as plain weights
+        (600, SweepCosts(), 10, 2),  # everything stays; what is left makes some of it plain
+        (400, SweepCosts(1.0, 0.0, 0.0), 6, 0),  # the link counts: two slots, the rest residents
+        (400, SweepCosts(1e9, 1.0, 10.0), 3, 3),  # rebuilding counts: plain weights, though fewer
+        (100, SweepCosts(), 0, 0),
+    ],
+)
+def test_what_counts_decides(spare: int, own: SweepCosts, resident: int, plain: int) -> None:
+    found = choose_residents(UNITS, spare, 100, own)
+    assert found is not None
+    assert len(found.layers) + found.chunks == resident
+    assert len(found.plain_layers) + found.plain_chunks == plain
+
+
+def test_residents_are_spread_over_the_model() -> None:
+    found = choose_residents(UNITS, 300, 100, SweepCosts(1.0, 0.0, 0.0))
+    assert found is not None
+    assert found.layers == (0, 2, 4, 6)
+
+
+def test_a_budget_below_the_slots_holds_nothing() -> None:
+    assert choose_residents(UNITS, 99, 100, SweepCosts()) is None
