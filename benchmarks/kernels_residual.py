@@ -2,7 +2,7 @@
 
     python benchmarks/kernels_residual.py [--rounds 15] [--out FILE]
 
-``decode``: 10⁹ weights rebuilt a second: on one thread by processor time, a block of 64 rows at a time into
+``decode``: 10⁹ weights rebuilt a second: on one thread by its processor time, a block of 64 rows at a time into
 the same place, as the product does it; on all threads by the clock, the whole matrix.  ``encode``: the other
 way.  ``linear``: seconds of an exact product of some rows with a matrix as plain weights and rebuilt from
 residuals, in turn.  Medians of the rounds; levels take turns.  It is larger than a core's caches.
@@ -74,7 +74,7 @@ def codec(matrix: Matrix, rounds: int, threads: int) -> dict[str, dict[str, floa
             own = times[level]
             torch.set_num_threads(1)
             own["decode_one_thread"].append(
-                seconds(lambda: decode_all(kernels, matrix, block), time.process_time)  # noqa: B023
+                seconds(lambda: decode_all(kernels, matrix, block), time.thread_time)  # noqa: B023
             )
             torch.set_num_threads(threads)
             own["decode_all_threads"].append(
