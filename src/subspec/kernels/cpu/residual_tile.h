@@ -11,7 +11,8 @@ namespace lowbit {
 constexpr int32_t kFloorSteps = 1024;
 constexpr int32_t kMaxWidth = 11;
 constexpr int kMainBits = 8, kExtraBits = 3;
-constexpr int64_t kTailBytes = 128; // readable after the last payload
+constexpr int64_t kTailBytes = 128;   // readable after the last payload
+constexpr int64_t kAheadBytes = 2048; // fields of two tiles, to fetch in advance
 
 constexpr int low_bits(int dtype) { return dtype == kFloat16 ? 3 : 0; }
 
@@ -320,10 +321,6 @@ LOWBIT_INLINE void wide_codes(const uint8_t* tile, __m512i codes[kRows]) {
   }
 }
 
-LOWBIT_INLINE __m512i repeated_bytes() { // byte 0 of each of a word's eight bytes
-  return _mm512_set_epi64(0x0808080808080808, 0, 0x0808080808080808, 0, 0x0808080808080808, 0, 0x0808080808080808, 0);
-}
-
 // 64 fields of 3 bits, one after another, into bytes.
 LOWBIT_INLINE __m512i three_bit_fields(const uint8_t* from) {
   const __m512i words = _mm512_set_epi64(0x1c1b1a1918171615, 0x1918171615141312, 0x161514131211100f, 0x131211100f0e0d0c,
@@ -351,14 +348,14 @@ LOWBIT_INLINE int64_t decode_wide_row(const uint8_t* payload, __m512i codes, con
   sums = _mm512_add_epi64(sums, _mm512_alignr_epi64(sums, zero, 6));
   sums = _mm512_add_epi64(sums, _mm512_alignr_epi64(sums, zero, 4));
   const __m512i starts = _mm512_sub_epi64(sums, sizes);
-  const int64_t main_bits = _mm_extract_epi64(_mm512_extracti64x2_epi64(sums, 3), 1);
-  // A word of 64 bits from each start on; what lies beyond the register's 64 bytes is never part of a field.
-  const __m512i first = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_srli_epi64(starts, 3), repeated_bytes()),
-                                        _mm512_set1_epi64(0x0706050403020100));
-  const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(8));
+  alignas(64) int64_t ends_of_eights[8]; // through memory: cheaper than taking the last out of the register
+  _mm512_store_si512(ends_of_eights, sums);
+  const int64_t main_bits = ends_of_eights[7];
+  // 64 bits from each start on; what lies beyond the register's 64 bytes is never part of a field.
+  const __m512i first = _mm512_srli_epi64(starts, 6), second = _mm512_add_epi64(first, _mm512_set1_epi64(1));
   const __m512i data = _mm512_loadu_si512(payload);
-  const __m512i window = _mm512_shrdv_epi64(_mm512_permutexvar_epi8(first, data), _mm512_permutexvar_epi8(second, data),
-                                            _mm512_and_si512(starts, _mm512_set1_epi64(7)));
+  const __m512i window =
+      _mm512_shrdv_epi64(_mm512_permutexvar_epi64(first, data), _mm512_permutexvar_epi64(second, data), starts);
   const __m512i main = _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_slli_epi64(ends, 8), window),
                                         _mm512_shuffle_epi8(ones, main_width));
   int64_t used = (main_bits + 7) >> 3;
@@ -413,6 +410,8 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
   tile_codes(tile, codes);
 #endif
   for (int64_t r = 0; r < present; r++) { // escapes lie behind the last
+    __builtin_prefetch(from + kAheadBytes); // two tiles on: codes, and about there the fields
+    __builtin_prefetch(tile + 2 * kTileBytes + r * (kTileBytes / kRows));
     uint16_t* row = r < rows ? out + r * stride : unwanted;
 #if defined(__AVX512VBMI2__)
     from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
