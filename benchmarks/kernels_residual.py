@@ -4,8 +4,8 @@
 
 ``decode``: 10⁹ weights rebuilt a second: on one thread by its processor time, a block of 64 rows at a time
 into the same place, as the product does it; on all threads by the clock, the whole matrix.  ``encode``: the
-other way.  ``linear``: seconds of an exact product of some rows with a matrix as plain weights and rebuilt from
-residuals, in turn.  Medians of the rounds; levels take turns.  It is larger than a core's caches.
+other way.  ``linear``: seconds of an exact product of some rows with a matrix as plain weights and rebuilt
+from residuals, in turn.  Medians of the rounds; levels take turns.  It is larger than a core's caches.
 """
 
 import argparse

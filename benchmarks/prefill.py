@@ -27,7 +27,7 @@ def torch_products_s(llm: LLM, tokens: int) -> float:
     """Seconds that torch takes for the linear products of a prompt."""
     config, dtype = llm.config, llm.engine.store.dtype
     total_s = 0.0
-    for matrix in layer_matrices(config, dtype.itemsize):
+    for matrix in layer_matrices(config):
         weight = torch.randn(matrix.n, matrix.k).to(dtype)
         x = torch.randn(tokens, matrix.k).to(dtype)
         F.linear(x, weight)

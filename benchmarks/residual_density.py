@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from subspec.bench import machine
-from subspec.memory.arena import map_bytes
-from subspec.store.exact import load_chunk, load_layer
+from subspec.store.exact import load_chunk, load_layer, read_image
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
 from subspec.store.verify import verify
@@ -51,13 +50,13 @@ def measure(directory: Path) -> dict[str, Any]:
         weights += weight.numel()
         needed += needed_bits(weight, tiles)
 
-    matrices = layer_matrices(store.config, store.dtype.itemsize)
+    matrices = layer_matrices(store.config)
     for index in range(store.config.layers):
-        tiles = _loaded(store, layer_file(index, "substitute"))
+        tiles = read_image(store, layer_file(index, "substitute"))
         for matrix, weight in zip(matrices, load_layer(store, index), strict=True):
             add(weight, tiles[matrix.substitute_offset :][: tile_bytes(matrix.n, matrix.k)])
     for index, chunk in enumerate(head_chunks(store.config, store.dtype.itemsize)):
-        tiles = _loaded(store, head_file(index, "substitute"))
+        tiles = read_image(store, head_file(index, "substitute"))
         add(load_chunk(store, index), tiles[: tile_bytes(chunk.stop - chunk.start, store.config.hidden_size)])
     shares = counts[counts > 0].double() / weights
     files = store.manifest.files
@@ -81,13 +80,6 @@ def measure(directory: Path) -> dict[str, Any]:
         "different": sum(not finding.good for finding in findings),
         "compared_with": sorted({finding.source for finding in findings}),
     }
-
-
-def _loaded(store: Store, name: str) -> torch.Tensor:
-    """A whole image in new memory."""
-    memory = map_bytes(store.manifest.files[name].n_bytes)
-    store.load(name, memory)
-    return memory
 
 
 def main() -> int:

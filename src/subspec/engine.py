@@ -4,7 +4,7 @@ Builds everything that a plan names, then offers the two passes that decoding is
 sweep of the exact weights through the slot ring, and ``draft``, one pass over the substitutes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ from subspec.models.kv_cache import KVCache
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.models.operations import operations
 from subspec.planning.plan import Plan
-from subspec.store.exact import chunk_shapes, exact_bytes, layer_shapes, rebuild
+from subspec.store.exact import chunk_matrices, exact_bytes, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
-from subspec.substitute.exact import Shape, UnitProducts
-from subspec.substitute.layout import tile_bytes
+from subspec.substitute.exact import UnitProducts
+from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 
 Progress = Callable[[str, int, int], None]
@@ -45,12 +45,12 @@ class _Unit:
 
     Attributes:
         name: of its image.
-        shapes: its matrices; ``tiles``: their substitutes; ``biases``: theirs.
+        matrices: in its image's order; ``tiles``: their substitutes; ``biases``: theirs.
         stays: whether it is resident; ``stays_plain``: as plain weights.
     """
 
     name: str
-    shapes: list[Shape]
+    matrices: Sequence[Placed]
     tiles: torch.Tensor
     biases: list[torch.Tensor | None]
     stays: bool
@@ -80,7 +80,7 @@ class Engine:
         small = store.small_tensors()
         self.rows = EmbeddingRows(store, small.pop("embedding.crc32"), plan.cache_rows, self._arena)
         self._small = small
-        self._matrices = layer_matrices(self.config, store.dtype.itemsize)
+        self._matrices = layer_matrices(self.config)
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         self._biases = [self._layer_biases(index) for index in range(self.config.layers)]
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._arena)
@@ -175,7 +175,7 @@ class Engine:
         """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""
         if self.product.native or self.store.manifest.codec == "raw":
             return None
-        shapes = [*layer_shapes(self.store), *chunk_shapes(self.store, self._chunks[0])]
+        shapes = [*self._matrices, *chunk_matrices(self.store, self._chunks[0])]
         return map_bytes(page_aligned(max(shape.n * shape.k for shape in shapes) * self.store.dtype.itemsize))
 
     def _load_substitutes(
@@ -212,7 +212,7 @@ class Engine:
         """A layer."""
         name, plan = layer_file(index, self.store.form), self.plan
         stays, stays_plain = index in plan.resident_layers, index in plan.plain_layers
-        return _Unit(name, layer_shapes(self.store), tiles, self._biases[index], stays, stays_plain)
+        return _Unit(name, self._matrices, tiles, self._biases[index], stays, stays_plain)
 
     def _head_unit(self, index: int) -> _Unit:
         """A chunk of the output head; its substitute is a part of the draft head's."""
@@ -220,7 +220,7 @@ class Engine:
         tiles = self._draft_head.tiles[tile_bytes(chunk.start, hidden) : tile_bytes(chunk.stop, hidden)]
         name, plan = head_file(index, self.store.form), self.plan
         stays, stays_plain = index < plan.resident_chunks, index < plan.plain_chunks
-        return _Unit(name, chunk_shapes(self.store, chunk), tiles, [None], stays, stays_plain)
+        return _Unit(name, chunk_matrices(self.store, chunk), tiles, [None], stays, stays_plain)
 
     def _load_resident(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         """Read the images that stay, and rebuild those that stay as plain weights; by name."""
@@ -229,7 +229,7 @@ class Engine:
             return {}
         images = self.store.manifest.files
         sizes = [
-            exact_bytes(self.store, unit.shapes) if unit.stays_plain else images[unit.name].n_bytes
+            exact_bytes(self.store, unit.matrices) if unit.stays_plain else images[unit.name].n_bytes
             for unit in kept
         ]
         memory = torch.split(self._arena.bytes("resident", sum(sizes)), sizes)
@@ -238,7 +238,7 @@ class Engine:
         for done, (unit, place) in enumerate(rebuilt, start=1):
             image = map_bytes(images[unit.name].n_bytes)
             self.store.load(unit.name, image)
-            rebuild(self.store, image, unit.tiles, unit.shapes, place)
+            rebuild(self.store, image, unit.tiles, unit.matrices, place)
             if progress is not None:
                 progress("rebuilding resident layers", done, len(rebuilt))
         ready = {unit.name for unit, _ in rebuilt}
@@ -262,7 +262,7 @@ class Engine:
         else:
             assert self._streamer is not None
             memory, plain = self._streamer.acquire(), self.store.form == "exact"
-        return self._products.of(memory, plain, unit.tiles, unit.shapes, unit.biases)
+        return self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
 
     def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""

@@ -150,7 +150,7 @@ def test_the_minimum_of_a_real_model_is_what_its_parts_say() -> None:
     assert made.resident_layers == ()
     assert made.streamed_bytes == exact_bytes(BIG, 2)
     assert least * MIB - made.held_bytes < MIB
-    substitutes = BIG.layers * sum(tile_bytes(matrix.n, matrix.k) for matrix in layer_matrices(BIG, 2))
+    substitutes = BIG.layers * sum(tile_bytes(matrix.n, matrix.k) for matrix in layer_matrices(BIG))
     substitutes += tile_bytes(BIG.vocab_size, BIG.hidden_size)
     assert made.parts["substitutes"] >= substitutes
     assert made.parts["substitutes"] - substitutes <= (BIG.layers + 1) * 4096

@@ -13,8 +13,8 @@ from subspec.memory.streamer import REQUEST_BYTES, THREADS
 from subspec.memory.tiers import page_aligned
 from subspec.models.linear import ExactProduct
 from subspec.planning.cost import Images, SweepCosts
-from subspec.store.exact import chunk_shapes, exact_bytes, layer_shapes, rebuild
-from subspec.store.layout import head_chunks, head_file, layer_file
+from subspec.store.exact import chunk_matrices, exact_bytes, read_image, rebuild
+from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
 from subspec.substitute.exact import UnitProducts, scratch_bytes
 
@@ -27,12 +27,14 @@ def stored_images(store: Store) -> Images:
     chunks = head_chunks(store.config, store.dtype.itemsize)
     files, form = store.manifest.files, store.form
     rebuilt = store.manifest.codec == "residual"
-    shapes = [(shape.n, shape.k) for shape in [*layer_shapes(store), *chunk_shapes(store, chunks[0])]]
+    shapes = [
+        (shape.n, shape.k) for shape in [*layer_matrices(store.config), *chunk_matrices(store, chunks[0])]
+    ]
     return Images(
         layers=tuple(files[layer_file(index, form)].n_bytes for index in range(store.config.layers)),
         chunks=tuple(files[head_file(index, form)].n_bytes for index in range(len(chunks))),
-        plain_layer=exact_bytes(store, layer_shapes(store)),
-        plain_chunks=tuple(exact_bytes(store, chunk_shapes(store, chunk)) for chunk in chunks),
+        plain_layer=exact_bytes(store, layer_matrices(store.config)),
+        plain_chunks=tuple(exact_bytes(store, chunk_matrices(store, chunk)) for chunk in chunks),
         rebuilt=rebuilt,
         scratch=page_aligned(scratch_bytes(shapes, store.dtype.itemsize)) if rebuilt else 0,
     )
@@ -41,15 +43,16 @@ def stored_images(store: Store) -> Images:
 def measure_costs(store: Store) -> SweepCosts:
     """The costs of a sweep over a residual store, from a short trial on its first layer: about 0.2 s.
 
-    Without native kernels nothing is tried: rebuilding is then slow beyond question.
+    Holds about three layers' memory while it runs, before anything else of the model is held.  Without native
+    kernels nothing is tried: rebuilding is then slow beyond question.
 
     Raises:
         StoreError: an image is damaged or cannot be read.
     """
     if kernels().library is None:
         return SweepCosts()
-    shapes = layer_shapes(store)
-    image, tiles = (_loaded(store, layer_file(0, form)) for form in (store.form, "substitute"))
+    shapes = layer_matrices(store.config)
+    image, tiles = (read_image(store, layer_file(0, form)) for form in (store.form, "substitute"))
     plain = map_bytes(exact_bytes(store, shapes))
     rebuild(store, image, tiles, shapes, plain)
     products = UnitProducts(ExactProduct("native", native=True), store.dtype, None)
@@ -64,13 +67,6 @@ def measure_costs(store: Store) -> SweepCosts:
     plain_s, rebuilt_s = (statistics.median(column) for column in zip(*times, strict=True))
     link = measure_read(store.images(), THREADS, REQUEST_BYTES, READ_BYTES)
     return SweepCosts(link.bytes_per_s, plain_s / len(plain), rebuilt_s / len(plain))
-
-
-def _loaded(store: Store, name: str) -> torch.Tensor:
-    """A whole image in new memory."""
-    memory = map_bytes(store.manifest.files[name].n_bytes)
-    store.load(name, memory)
-    return memory
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from subspec.memory.tiers import MIB
 from subspec.models.config import ModelConfig
-from subspec.substitute.layout import tile_bytes
+from subspec.substitute.layout import Placed, tile_bytes
 
 CODECS = {"residual": "residual", "raw": "exact"}  # how exact weights are kept: the form of their images
 HEAD_CHUNK_BYTES = 64 * MIB
@@ -28,15 +28,11 @@ ROW_BLOCK = 16  # chunks hold a multiple of this many rows, the tiles' height
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One fused matrix (N, K) of a layer: its parts, top to bottom, and where its two forms start."""
+class Matrix(Placed):
+    """One fused matrix of a layer, with its parts, top to bottom."""
 
     name: str
     parts: tuple[str, ...]
-    n: int
-    k: int
-    exact_offset: int
-    substitute_offset: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Chunk:
     stop: int
 
 
-def layer_matrices(config: ModelConfig, itemsize: int) -> list[Matrix]:
+def layer_matrices(config: ModelConfig) -> list[Matrix]:
     """The four matrices of a layer, in the order of its files."""
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -57,17 +53,16 @@ def layer_matrices(config: ModelConfig, itemsize: int) -> list[Matrix]:
         ("gate_up", ("mlp.gate_proj", "mlp.up_proj"), 2 * inner, hidden),
         ("down", ("mlp.down_proj",), hidden, inner),
     ]
-    matrices, exact, substitute = [], 0, 0
+    matrices, substitute = [], 0
     for name, parts, n, k in plan:
-        matrices.append(Matrix(name, parts, n, k, exact, substitute))
-        exact += n * k * itemsize
+        matrices.append(Matrix(n, k, substitute, name, parts))
         substitute += tile_bytes(n, k)
     return matrices
 
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> tuple[int, int]:
     """Exact and substitute bytes of a layer, before padding."""
-    matrices = layer_matrices(config, itemsize)
+    matrices = layer_matrices(config)
     exact = sum(matrix.n * matrix.k * itemsize for matrix in matrices)
     return exact, sum(tile_bytes(matrix.n, matrix.k) for matrix in matrices)
 

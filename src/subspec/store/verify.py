@@ -106,7 +106,7 @@ def _checkpoint_digest(checkpoint: Checkpoint, name: str) -> str:
 def _tensors(store: Store) -> Iterator[tuple[list[str], Callable[[], list[str]]]]:
     """Tensors that are rebuilt together, and what gives their digests."""
     for index in range(store.config.layers):
-        matrices = layer_matrices(store.config, store.dtype.itemsize)
+        matrices = layer_matrices(store.config)
         names = [layer_tensor(index, part) for matrix in matrices for part in matrix.parts]
         yield names, partial(_layer_digests, store, index)
     tied = store.config.tied_embeddings
@@ -121,7 +121,7 @@ def _layer_digests(store: Store, index: int) -> list[str]:
     """Of each tensor of a layer: fused matrices are cut into their parts again."""
     shapes = store.config.tensors()
     digests = []
-    matrices = layer_matrices(store.config, store.dtype.itemsize)
+    matrices = layer_matrices(store.config)
     for matrix, weight in zip(matrices, load_layer(store, index), strict=True):
         rows = [shapes[layer_tensor(index, part)][0] for part in matrix.parts]
         digests += [sha256([part.contiguous()]) for part in torch.split(weight, rows)]

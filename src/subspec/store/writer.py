@@ -71,7 +71,7 @@ class StoreWriter:
         digests: dict[str, str] = {}
 
         def matrices() -> Iterator[torch.Tensor]:
-            for matrix in layout.layer_matrices(self.config, self.itemsize):
+            for matrix in layout.layer_matrices(self.config):
                 names = [layout.layer_tensor(index, part) for part in matrix.parts]
                 parts = [self.checkpoint.read(name) for name in names]
                 digests.update((name, sha256([part])) for name, part in zip(names, parts, strict=True))

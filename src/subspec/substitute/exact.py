@@ -7,7 +7,6 @@ with the plain weight.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from subspec.kernels.residual import residual_kernels
 from subspec.models.decoder import RowProduct
 from subspec.models.linear import ExactProduct
 from subspec.substitute.images import split
-from subspec.substitute.layout import tile_bytes
+from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.residual import decode_rows
 
 _BLOCK_ROWS = 64  # that a thread of the native kernel rebuilds at once, unless they are above
@@ -31,15 +30,6 @@ def scratch_bytes(shapes: Iterable[tuple[int, int]], itemsize: int) -> int:
         return max(n * k for n, k in shapes) * itemsize
     widest = max(k for _, k in shapes) * itemsize
     return torch.get_num_threads() * max(16 * widest, min(_BLOCK_ROWS * widest, _BLOCK_BYTES))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One matrix (n, k) of a unit, and where its substitute starts in the unit's, in bytes."""
-
-    n: int
-    k: int
-    substitute_offset: int
 
 
 class UnitProducts:
@@ -59,7 +49,7 @@ class UnitProducts:
         memory: Tensor,
         plain: bool,
         tiles: Tensor,
-        shapes: Sequence[Shape],
+        matrices: Sequence[Placed],
         biases: Sequence[Tensor | None],
     ) -> list[RowProduct]:
         """The products with a unit's matrices, (T, K) → (T, N), valid as long as ``memory`` is.
@@ -68,20 +58,20 @@ class UnitProducts:
             memory: the plain weights one after another, or the unit's residual image; uint8.
             plain: which.
             tiles: the unit's substitutes.
-            shapes: its matrices.
+            matrices: its matrices.
             biases: theirs.
         """
         if not plain:
-            residuals = split(memory, len(shapes))
+            residuals = split(memory, len(matrices))
             return [
-                partial(self._rebuilt, residual, tiles[shape.substitute_offset :], shape, bias)
-                for residual, shape, bias in zip(residuals, shapes, biases, strict=True)
+                partial(self._rebuilt, residual, tiles[matrix.substitute_offset :], matrix, bias)
+                for residual, matrix, bias in zip(residuals, matrices, biases, strict=True)
             ]
         products: list[RowProduct] = []
         start = 0
-        for shape, bias in zip(shapes, biases, strict=True):
-            size = shape.n * shape.k * self._dtype.itemsize
-            weight = memory[start : start + size].view(self._dtype).view(shape.n, shape.k)
+        for matrix, bias in zip(matrices, biases, strict=True):
+            size = matrix.n * matrix.k * self._dtype.itemsize
+            weight = memory[start : start + size].view(self._dtype).view(matrix.n, matrix.k)
             products.append(partial(self._plain, weight, bias))
             start += size
         return products
@@ -91,14 +81,14 @@ class UnitProducts:
         return self._product(x, weight, bias)
 
     def _rebuilt(
-        self, residual: Tensor, tiles: Tensor, shape: Shape, bias: Tensor | None, x: Tensor
+        self, residual: Tensor, tiles: Tensor, matrix: Placed, bias: Tensor | None, x: Tensor
     ) -> Tensor:
         """The product with a weight that is rebuilt for it."""
-        own = tiles[: tile_bytes(shape.n, shape.k)]
+        own = tiles[: tile_bytes(matrix.n, matrix.k)]
         native = residual_kernels()
         if self._product.native and native is not None:
-            return native.linear(x, residual, own, shape.n, bias)
+            return native.linear(x, residual, own, matrix.n, bias)
         assert self._scratch is not None
-        size = shape.n * shape.k * self._dtype.itemsize
-        weight = self._scratch[:size].view(self._dtype).view(shape.n, shape.k)
-        return self._product(x, decode_rows(residual, own, shape.n, shape.k, weight), bias)
+        size = matrix.n * matrix.k * self._dtype.itemsize
+        weight = self._scratch[:size].view(self._dtype).view(matrix.n, matrix.k)
+        return self._product(x, decode_rows(residual, own, matrix.n, matrix.k, weight), bias)

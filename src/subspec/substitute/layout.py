@@ -27,6 +27,8 @@ The functions here are the reference; the fast twins of ``dequantize`` and ``deq
 ``kernels.lowbit``.  Knows nothing of how codes are chosen, nor of products.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,6 +37,15 @@ GROUP = 64
 TILE_ROWS = 16
 CODE_BYTES = TILE_ROWS * GROUP // 2
 TILE_BYTES = CODE_BYTES + 2 * 2 * TILE_ROWS
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A weight (n, k) among others, and the byte where its substitute starts in theirs."""
+
+    n: int
+    k: int
+    substitute_offset: int
 
 
 def groups(k: int) -> int:
