@@ -93,7 +93,7 @@ class Engine:
         self._draft_layers, self._draft_head, tiles = self._load_substitutes(progress)
         self._layers = [self._layer_unit(index, part) for index, part in enumerate(tiles)]
         self._head = [self._head_unit(index) for index in range(len(self._chunks))]
-        self._resident = self._load_resident(progress)
+        self._resident = self._load_resident(slots, progress)
         streamed = [unit.name for unit in [*self._layers, *self._head] if not unit.stays]
         if streamed:
             self._streamer = Streamer([store.unit(name) for name in streamed], slots, paranoid=paranoid)
@@ -169,7 +169,8 @@ class Engine:
         hidden, itemsize = self.config.hidden_size, self.store.dtype.itemsize
         shapes = [(matrix.n, matrix.k) for matrix in self._matrices] + [(self._chunks[0].stop, hidden)]
         largest = page_aligned(max(n * k for n, k in shapes) * itemsize)
-        return choose_product(shapes, self.store.dtype, slots[0] if slots else map_bytes(largest))
+        fits = bool(slots) and len(slots[0]) >= largest
+        return choose_product(shapes, self.store.dtype, slots[0] if fits else map_bytes(largest))
 
     def _scratch(self) -> torch.Tensor | None:
         """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""
@@ -222,7 +223,7 @@ class Engine:
         stays, stays_plain = index < plan.resident_chunks, index < plan.plain_chunks
         return _Unit(name, chunk_matrices(self.store, chunk), tiles, [None], stays, stays_plain)
 
-    def _load_resident(self, progress: Progress | None) -> dict[str, torch.Tensor]:
+    def _load_resident(self, slots: list[torch.Tensor], progress: Progress | None) -> dict[str, torch.Tensor]:
         """Read the images that stay, and rebuild those that stay as plain weights; by name."""
         kept = [unit for unit in [*self._layers, *self._head] if unit.stays]
         if not kept:
@@ -236,7 +237,8 @@ class Engine:
         places = list(zip(kept, memory, strict=True))
         rebuilt = [pair for pair in places if pair[0].stays_plain and self.store.form == "residual"]
         for done, (unit, place) in enumerate(rebuilt, start=1):
-            image = map_bytes(images[unit.name].n_bytes)
+            image = slots[0] if slots else map_bytes(images[unit.name].n_bytes)
+            image = image[: images[unit.name].n_bytes]
             self.store.load(unit.name, image)
             rebuild(self.store, image, unit.tiles, unit.matrices, place)
             if progress is not None:

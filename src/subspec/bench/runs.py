@@ -48,12 +48,17 @@ class Models:
 
     Args:
         load: opens the model with the weights streamed as asked: ``raw``, or ``None`` for the default.
+
+    Attributes:
+        plans: every distinct plan that a model was opened with, by ``raw`` and ``default``: a plan rests on
+            measurements, and a model opened anew may be planned anew.
     """
 
     def __init__(self, load: "Callable[[str | None], LLM]") -> None:
         self._load = load
         self._raw = False
         self._open: LLM | None = None
+        self.plans: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, mode: str) -> "LLM":
         """The model that a mode runs on, opened if need be."""
@@ -61,6 +66,9 @@ class Models:
         if self._open is None or raw != self._raw:
             self.close()
             self._open, self._raw = self._load("raw" if raw else None), raw
+            known, plan = self.plans.setdefault("raw" if raw else "default", []), self._open.plan.as_dict()
+            if plan not in known:
+                known.append(plan)
         return self._open
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ def bench(
         try:
             meter = LinkMeter(models(settings.modes[-1]).store_path)
             runs = run_prompts(models, chosen, settings, meter, progress)
-            record = _record(models(settings.modes[-1]), settings, meter, runs)
+            record = {**_record(models(settings.modes[-1]), settings, meter, runs), "plans": models.plans}
         finally:
             models.close()
     _publish(record, out)

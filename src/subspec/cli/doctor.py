@@ -18,12 +18,14 @@ PROBE_BYTES = 256 << 20
 _FREE_AFTER_PROBE_BYTES = 1 << 30
 _FEATURES = (
     "avx2",
+    "bmi2",
     "fma",
     "f16c",
     "avx512f",
     "avx512bw",
     "avx512_vnni",
     "avx512_bf16",
+    "avx512_vbmi2",
     "amx_bf16",
     "amx_int8",
 )

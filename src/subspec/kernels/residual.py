@@ -27,9 +27,9 @@ class ResidualKernels:
         self._encode = library.subspec_residual_encode
         self._encode.argtypes, self._encode.restype = [_I, _P, _N, _N, _N, _P, _P, _N, _I], _N
         self._decode = library.subspec_residual_decode
-        self._decode.argtypes, self._decode.restype = [_I, _P, _P, _N, _N, _N, _N, _P, _I], None
+        self._decode.argtypes, self._decode.restype = [_I, _P, _P, *[_N] * 5, _P, _I], None
         self._linear = library.subspec_linear_residual
-        self._linear.argtypes, self._linear.restype = [_I, _I, *[_P] * 5, *[_N] * 3, _I], _I
+        self._linear.argtypes, self._linear.restype = [_I, _I, *[_P] * 3, _N, _P, _P, *[_N] * 3, _I], _I
         self._pairs = exact.pairs(library)
 
     def encode(self, weight: Tensor, tiles: Tensor) -> Tensor:
@@ -67,9 +67,13 @@ class ResidualKernels:
 
         ``first`` is a multiple of 16.
         """
+        assert out.is_contiguous()
+        assert out.shape[0] == last - first
+        assert first % 16 == 0
+        assert 0 <= first <= last <= n
         self._decode(
-            DTYPE_CODES[out.dtype], tiles.data_ptr(), residual.data_ptr(), n, out.shape[1], first, last,
-            out.data_ptr(), torch.get_num_threads(),
+            DTYPE_CODES[out.dtype], tiles.data_ptr(), residual.data_ptr(), len(residual), n, out.shape[1],
+            first, last, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     def linear(self, x: Tensor, residual: Tensor, tiles: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -93,10 +97,14 @@ class ResidualKernels:
         out = torch.empty(rows, n, dtype=x.dtype)
         failed = self._linear(
             DTYPE_CODES[x.dtype], self._pairs, x.data_ptr(), tiles.data_ptr(), residual.data_ptr(),
-            None if bias is None else bias.data_ptr(), out.data_ptr(), rows, k, n, torch.get_num_threads(),
+            len(residual), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, k, n,
+            torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory to prepare {min(rows, 256)} rows of {k} values")
+            raise MemoryError(
+                f"no memory to prepare {min(rows, 256)} rows of {k} values and rebuild weights for them: "
+                "lower --memory, or use fewer threads (OMP_NUM_THREADS)"
+            )
         return out
 
 

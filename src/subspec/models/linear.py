@@ -66,14 +66,12 @@ def choose_product(
     Args:
         shapes: (N, K) of the model's weights; of the head, one chunk.
         dtype: of weights and rows.
-        scratch: uint8 memory to put a weight into; overwritten.  A weight larger than it is tried with as many
-            of its rows as fit, at least one.
+        scratch: uint8 memory of at least the largest weight; overwritten.
 
     Raises:
         ModelError: no way passes on this build of torch and this processor.
     """
-    room = scratch.numel() // dtype.itemsize
-    distinct = sorted({(min(n, room // k), k) for n, k in shapes})
+    distinct = sorted(set(shapes))
     ways = [ExactProduct("native", native=True)] if kernels().library is not None else []
     ways += [ExactProduct(f"torch, at least {rows} rows", least_rows=rows) for rows in _LEAST_ROWS]
     ways += [ExactProduct(f"torch, {rows} rows a call", rows_a_call=rows) for rows in _FIXED_ROWS]

@@ -41,7 +41,7 @@ def rebuild(store: Store, image: Tensor, tiles: Tensor, matrices: Sequence[Place
         size = matrix.n * matrix.k * store.dtype.itemsize
         weight = out[start : start + size].view(store.dtype).view(matrix.n, matrix.k)
         own = tiles[matrix.substitute_offset :][: tile_bytes(matrix.n, matrix.k)]
-        decode_rows(residual, own, matrix.n, matrix.k, weight)
+        decode_rows(residual, own, matrix.n, weight)
         start += size
 
 

@@ -86,7 +86,9 @@ class Manifest:
             raise StoreError(f"{path} is damaged ({error}): prepare the model again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{path} is not a manifest of a subspec store")
-        if any(data.get(name) != value for name, value in _FORM.items()) or data.get("codec") not in CODECS:
+        if any(data.get(name) != value for name, value in _FORM.items()) or data.get("codec") not in tuple(
+            CODECS
+        ):
             raise StoreError(
                 f"{directory} has {_describe(data)}; this subspec reads "
                 f"{_describe({**_FORM, 'codec': ' or '.join(CODECS)})}: "

@@ -1,6 +1,6 @@
 """Checkpoint → store: substitutes, and residuals or exact images, file by file.
 
-Reads the checkpoint a matrix at a time, so that peak memory follows the largest matrix, not the model.
+Reads the checkpoint a matrix at a time, so that peak memory follows the largest layer, not the model.
 Every finished file is on disk before it is noted in ``progress.json``; a killed run goes on after the last
 noted file.  The manifest comes last: a directory without one is never used.
 """
@@ -78,7 +78,7 @@ def prepare(
     try:
         config = ModelConfig.from_dict(checkpoint.config)
         config.check_tensors(checkpoint.tensors)
-        codec = _codec(checkpoint.dtype, stream)
+        codec = _codec(checkpoint.dtype, stream or _kept_codec(store, checkpoint.dtype))
         directory = store or _default_directory(checkpoint, codec)
         if directory.resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
             raise StoreError(f"{directory} holds the checkpoint itself: choose another --store")
@@ -87,8 +87,7 @@ def prepare(
             with _locked(directory):
                 identity = checkpoint.identity()
                 _check_owner(directory, identity)
-                accepted = tuple(CODECS) if stream is None and not rebuild else (codec,)
-                if rebuild or not _is_current(directory, identity, checkpoint.dtype, accepted):
+                if rebuild or not _is_current(directory, identity, checkpoint.dtype, codec):
                     _build(directory, checkpoint, identity, config, codec, progress)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -111,6 +110,18 @@ def _codec(dtype: torch.dtype, stream: str | None) -> str:
     if stream is None and kernels().library is None:
         return "raw"
     return stream or ("raw" if dtype == torch.float32 else "residual")
+
+
+def _kept_codec(directory: Path | None, dtype: torch.dtype) -> str | None:
+    """The codec of the 16-bit weights that a directory holds, complete or not; None if it does not say."""
+    if directory is None or dtype == torch.float32:
+        return None
+    for mark in (manifests.FILE_NAME, PROGRESS_FILE):
+        note = _read_json(directory / mark)
+        known = note.get("format") == manifests.FORMAT and note.get("version") == manifests.VERSION
+        if known and note.get("codec") in tuple(CODECS) and note.get("dtype") != "float32":
+            return str(note["codec"])
+    return None
 
 
 def _check_store(directory: Path, dtype: str | None, stream: str | None, rebuild: bool) -> Path:
@@ -176,16 +187,14 @@ def _check_owner(directory: Path, identity: dict[str, Any]) -> None:
         raise StoreError(f"{directory} is not empty and holds no readable store: choose another --store")
 
 
-def _is_current(
-    directory: Path, identity: dict[str, Any], dtype: torch.dtype, codecs: tuple[str, ...]
-) -> bool:
+def _is_current(directory: Path, identity: dict[str, Any], dtype: torch.dtype, codec: str) -> bool:
     """Whether the directory holds a complete store of the checkpoint as it is, in its dtype and a codec."""
     try:
         found = Manifest.read(directory)
         found.check_sizes(directory)
     except StoreError:
         return False
-    return found.source == identity and found.torch_dtype == dtype and found.codec in codecs
+    return found.source == identity and found.torch_dtype == dtype and found.codec == codec
 
 
 def _build(

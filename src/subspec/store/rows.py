@@ -99,7 +99,7 @@ class RebuiltRows:
         tiles = _read_span(self._tiles[which], stripe * g * TILE_BYTES, (stripe + 1) * g * TILE_BYTES, buffer)
         rows = min(TILE_ROWS, chunk.stop - chunk.start - stripe * TILE_ROWS)
         out = torch.empty((rows, self._k), dtype=self._dtype)
-        decode_rows(residual, tiles.clone(), rows, self._k, out)
+        decode_rows(residual, tiles.clone(), rows, out)
         return out[row % TILE_ROWS].view(torch.uint8)
 
     def path(self, token: int) -> Path:

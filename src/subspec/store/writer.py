@@ -196,7 +196,7 @@ def _rebuilds(residual: torch.Tensor, tiles: torch.Tensor, weight: torch.Tensor)
     for first in range(0, n, _COMPARED_ROWS):
         last = min(first + _COMPARED_ROWS, n)
         rows = torch.empty((last - first, k), dtype=weight.dtype)
-        decode_rows(residual, tiles, n, k, rows, first, last)
+        decode_rows(residual, tiles, n, rows, first)
         if not torch.equal(rows.view(torch.int16), bits[first:last]):
             return False
     return True

@@ -91,4 +91,4 @@ class UnitProducts:
         assert self._scratch is not None
         size = matrix.n * matrix.k * self._dtype.itemsize
         weight = self._scratch[:size].view(self._dtype).view(matrix.n, matrix.k)
-        return self._product(x, decode_rows(residual, own, matrix.n, matrix.k, weight), bias)
+        return self._product(x, decode_rows(residual, own, matrix.n, weight), bias)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subspec.errors import StoreError
+
 UNIT_BYTES = 64
 
 
@@ -32,6 +34,15 @@ def join(residuals: Sequence[Tensor]) -> list[Tensor]:
 
 
 def split(image: Tensor, count: int) -> list[Tensor]:
-    """The ``count`` residuals of an image (uint8), as views; each reaches to the next one's start."""
+    """The ``count`` residuals of an image (uint8), as views; each reaches to the next one's start.
+
+    Raises:
+        StoreError: the header is no header.
+    """
     starts: list[int] = image[: 8 * count].view(torch.int64).tolist()
+    if starts != sorted(starts) or starts[0] < 8 * count or starts[-1] > len(image):
+        raise StoreError(
+            "a residual image is damaged: its header has the offsets "
+            f"{', '.join(map(str, starts))} in {len(image)} bytes; prove the store with: subspec verify"
+        )
     return [image[start:end] for start, end in zip(starts, [*starts[1:], len(image)], strict=True)]

@@ -182,24 +182,23 @@ def _packed(field: Tensor, width: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 def decode_reference(residual: Tensor, tiles: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The exact weight: the inverse of ``encode_reference``, (n, k) in ``dtype``, new.  Reference."""
-    return _decode_rows_reference(residual, tiles, n, k, dtype, 0, n)
+    out = torch.empty((n, k), dtype=dtype)
+    _decode_rows_reference(residual, tiles, n, out, 0)
+    return out
 
 
-def _decode_rows_reference(
-    residual: Tensor, tiles: Tensor, n: int, k: int, dtype: torch.dtype, first: int, last: int
-) -> Tensor:
-    """Rows [first, last) of the exact weight; ``first`` a multiple of 16."""
+def _decode_rows_reference(residual: Tensor, tiles: Tensor, n: int, out: Tensor, first: int) -> None:
+    """Write rows ``first`` and on of the exact weight to ``out`` (rows, k); ``first`` a multiple of 16."""
+    rows, k = out.shape
     g = groups(k)
     directory = residual[: directory_bytes(n, k)].view(torch.uint32).long()
     payload = residual[directory_bytes(n, k) :]
-    parts = [torch.empty((0, k), dtype=dtype)]
-    for start, stop in _stripes(last - first, k):
+    for start, stop in _stripes(rows, k):
         low, high = (first + start) // TILE_ROWS * g, -(-(first + stop) // TILE_ROWS) * g
-        ends = directory[low : high + 1]
         part = tiles[low * TILE_BYTES : high * TILE_BYTES]
-        rows = min(high // g * TILE_ROWS, n) - low // g * TILE_ROWS
-        parts.append(_decode_stripes(payload, ends, part, rows, k, dtype)[: stop - start])
-    return torch.cat(parts)
+        present = min(high // g * TILE_ROWS, n) - low // g * TILE_ROWS
+        decoded = _decode_stripes(payload, directory[low : high + 1], part, present, k, out.dtype)
+        out[start:stop] = decoded[: stop - start]
 
 
 def _decode_stripes(
@@ -237,12 +236,13 @@ def _unpacked(payload: Tensor, start: Tensor, width: Tensor) -> Tensor:
 
 def _restore_escapes(pattern: Tensor, payload: Tensor, first: Tensor, last: Tensor) -> None:
     """Put the weights kept whole, in bytes [first, last) of each tile, into ``pattern`` (tiles, 1024)."""
-    counts = (last - first) // 4
+    counts = ((last - first) // 4).clamp(min=0)
     tile = torch.repeat_interleave(torch.arange(len(counts)), counts)
     number = torch.arange(len(tile)) - (counts.cumsum(0) - counts)[tile]
     notes = payload[(first[tile] + 4 * number)[:, None] + torch.arange(4)]
     notes = notes.contiguous().view(torch.uint16).int()
-    pattern[tile, notes[:, 0]] = notes[:, 1]
+    known = notes[:, 0] < TILE_ROWS * GROUP  # always, unless bytes are damaged
+    pattern[tile[known], notes[known, 0]] = notes[known, 1]
 
 
 def directory_bytes(n: int, k: int) -> int:
@@ -258,26 +258,22 @@ def encode(weight: Tensor, tiles: Tensor) -> Tensor:
     return native.encode(weight if weight.stride(-1) == 1 else weight.contiguous(), tiles)
 
 
-def decode_rows(
-    residual: Tensor, tiles: Tensor, n: int, k: int, out: Tensor, first: int = 0, last: int | None = None
-) -> Tensor:
-    """Rebuild rows [first, last) of an exact weight.
+def decode_rows(residual: Tensor, tiles: Tensor, n: int, out: Tensor, first: int = 0) -> Tensor:
+    """Rebuild some rows of an exact weight (n, K).
 
     Args:
         residual: as ``encode`` made it; what follows it is ignored.
-        tiles: the substitute of the (n, k) weight.
+        tiles: the weight's substitute.
         n: its rows.
-        k: its columns.
-        out: (last − first, k) bf16 or fp16, contiguous; written.
+        out: (rows, K) bf16 or fp16, contiguous; written with rows ``first`` and on.
         first: a multiple of 16.
-        last: default n.
 
     Returns:
         ``out``.
     """
-    stop = n if last is None else last
     native = residual_kernels()
-    if native is not None:
-        native.decode(residual, tiles, n, first, stop, out)
-        return out
-    return out.copy_(_decode_rows_reference(residual, tiles, n, k, out.dtype, first, stop))
+    if native is None:
+        _decode_rows_reference(residual, tiles, n, out, first)
+    else:
+        native.decode(residual, tiles, n, first, first + len(out), out)
+    return out

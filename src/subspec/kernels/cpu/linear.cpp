@@ -160,10 +160,11 @@ SUBSPEC_EXPORT int subspec_linear(int dtype, int paired, const void* x, const vo
 
 // The same bits for a weight in the form of substitute and residual, bf16 or fp16.
 SUBSPEC_EXPORT int subspec_linear_residual(int dtype, int paired, const void* x, const void* tiles, const void* residual,
-                                           const void* bias, void* y, int64_t T, int64_t K, int64_t N, int threads) {
+                                           int64_t residual_bytes, const void* bias, void* y, int64_t T, int64_t K,
+                                           int64_t N, int threads) {
     const auto run = [&](auto form) {
         typedef typename decltype(form)::Weight Scalar;
-        const Rebuilt<Scalar> rebuilt{{(const uint8_t*)tiles, (const uint8_t*)residual, N, K}};
+        const Rebuilt<Scalar> rebuilt{{(const uint8_t*)tiles, (const uint8_t*)residual, residual_bytes, N, K}};
         return linear<decltype(form)>((const Scalar*)x, rebuilt, (const Scalar*)bias, (Scalar*)y, T, K, N, threads);
     };
 #if defined(__AVX512BF16__)

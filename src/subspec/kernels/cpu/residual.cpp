@@ -132,10 +132,10 @@ LOWBIT_API int64_t subspec_residual_encode(int dtype, const void* weight, int64_
 }
 
 // Rows [first, last) of the exact weight (n, k), `first` a multiple of 16, to out (row stride k).
-LOWBIT_API void subspec_residual_decode(int dtype, const void* tiles, const void* residual, int64_t n, int64_t k, int64_t first,
-                                        int64_t last, void* out, int threads) {
-  const ResidualMatrix matrix{(const uint8_t*)tiles, (const uint8_t*)residual, n, k};
-  if ((last - first) * k < 65536) threads = 1;
+LOWBIT_API void subspec_residual_decode(int dtype, const void* tiles, const void* residual, int64_t residual_bytes, int64_t n,
+                                        int64_t k, int64_t first, int64_t last, void* out, int threads) {
+  const ResidualMatrix matrix{(const uint8_t*)tiles, (const uint8_t*)residual, residual_bytes, n, k};
+  if (last - first <= kRows || (last - first) * k < 65536) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = first; row < last; row += kRows) {
     uint16_t* rows = (uint16_t*)out + (row - first) * k;

@@ -430,16 +430,19 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
 // A matrix (n, k) in the form of substitute and residual.
 struct ResidualMatrix {
   const uint8_t *tiles, *residual;
-  int64_t n, k;
+  int64_t residual_bytes, n, k;
 
   // Rows [first, last), `first` a multiple of 16, to `out` (row stride k).
   template <int dtype> void decode(int64_t first, int64_t last, uint16_t* out) const {
     const int64_t groups = (k + kGroup - 1) / kGroup, stripes = (n + kRows - 1) / kRows;
     const uint8_t *directory = residual, *payload = residual + 4 * (stripes * groups + 1);
+    const int64_t limit = residual_bytes - (payload - residual);
     for (int64_t row = first; row < last; row += kRows) {
       const int64_t rows = last - row < kRows ? last - row : kRows, present = n - row < kRows ? n - row : kRows;
       for (int64_t g = 0, at = row / kRows * groups; g < groups; g++, at++) {
-        const uint8_t *from = payload + load<uint32_t>(directory + 4 * at), *to = payload + load<uint32_t>(directory + 4 * at + 4);
+        int64_t start = load<uint32_t>(directory + 4 * at), end = load<uint32_t>(directory + 4 * at + 4);
+        if (start > end || end > limit) start = end = 0; // damaged since it was verified: wrong numbers, but no crash
+        const uint8_t *from = payload + start, *to = payload + end;
         uint16_t* place = out + (row - first) * k + g * kGroup;
         if (k - g * kGroup >= kGroup) decode_tile<dtype, true>(tiles + at * kTileBytes, from, to, present, rows, kGroup, place, k);
         else decode_tile<dtype, false>(tiles + at * kTileBytes, from, to, present, rows, k - g * kGroup, place, k);

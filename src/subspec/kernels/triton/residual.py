@@ -1,7 +1,8 @@
 """Exact weights out of substitute and residual, on a CUDA device.
 
 The twin of ``decode_reference`` in ``substitute/residual.py``, which has the format.  Importing this module
-imports Triton: callers do so only where there is a CUDA device.  Knows nothing of layers or streams.
+imports Triton: callers will do so only where there is a CUDA device; there are none yet but its tests.  Knows
+nothing of layers or streams.
 
 Every result is the reference's, bit for bit: all is integer arithmetic but a bin's edge, (q - 8.5) * s + m in
 fp32.  Its product is exact, so that one rounding remains, contracted or not.  Nor does it matter whether a
