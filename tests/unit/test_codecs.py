@@ -74,15 +74,19 @@ def test_without_native_kernels_weights_are_kept_raw(
     monkeypatch.setattr(prepare_module, "kernels", lambda: Kernels("reference", None, {}))
     prepare(model, store=store)
     assert Manifest.read(store).codec == "raw"
-    prepare(model, store=store, stream="residual")
+    prepare(model, store=store, stream="residual", rebuild=True)
     assert Manifest.read(store).codec == "residual"
 
 
 def test_a_store_stays_in_its_form_until_another_is_asked_for(model: Path, store: Path) -> None:
     prepare(model, store=store, stream="raw")
     prepare(model, store=store)
+    prepare(model, store=store, rebuild=True)
     assert Manifest.read(store).codec == "raw"
-    prepare(model, store=store, stream="residual")
+    with pytest.raises(OptionError, match="was prepared to stream raw: .* --stream residual --rebuild"):
+        prepare(model, store=store, stream="residual")
+    assert forms(store) == {".substitute", ".exact"}
+    prepare(model, store=store, stream="residual", rebuild=True)
     assert forms(store) == {".substitute", ".residual"}
     prepare(model, store=store)
     assert Manifest.read(store).codec == "residual"
@@ -134,3 +138,27 @@ def test_a_residual_that_does_not_rebuild_its_weight_is_never_named(
     assert not list(store.glob("*.residual"))
     monkeypatch.undo()
     prepare(model, store=store)
+
+
+def test_a_broken_off_raw_store_goes_on_as_raw(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module.StoreWriter, "_small", stop)
+        with pytest.raises(StoreError, match="cannot be written"):
+            prepare(model, store=store, stream="raw")
+    before = {path.name: path.stat().st_ino for path in store.glob("layer-*")}
+    prepare(model, store=store)
+    assert Manifest.read(store).codec == "raw"
+    assert {path.name: path.stat().st_ino for path in store.glob("layer-*")} == before
+
+
+def test_a_directory_that_is_refused_is_left_as_it_was(model: Path, store: Path) -> None:
+    store.mkdir()
+    (store / "thing").touch()
+    with pytest.raises(StoreError, match="is not empty and holds no readable store"):
+        prepare(model, store=store)
+    assert [path.name for path in store.iterdir()] == ["thing"]

@@ -22,7 +22,7 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help='JSON lines {"turns": [message, …]}; the first is used.',
+        help='JSON lines {"turns": ["user message", …]}; each line\'s first message is used.',
     ),
 ]
 Limit = Annotated[

@@ -26,7 +26,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face directory, a GGUF file, a hub id, or 'demo'.",
+        help="A Hugging Face directory, a GGUF file, a hub id, a prepared store, or 'demo'.",
     ),
 ]
 Memory = Annotated[
@@ -66,7 +66,8 @@ Stream = Annotated[
     typer.Option(
         "--stream",
         metavar="FORM",
-        help="Stream 'residual' or 'raw' weights; the tokens are the same.  [default: residual, fp32: raw]",
+        help="Stream 'residual' or 'raw' weights; the tokens are the same.  "
+        "[default: the store's own form, else residual; fp32: raw]",
     ),
 ]
 Paranoid = Annotated[

@@ -21,6 +21,7 @@ def prepare(
 ) -> None:
     """Prepare a model for streaming, once.  Prints the store's place; goes on where a killed run stopped."""
     from subspec.memory.tiers import format_size, peak_memory_bytes
+    from subspec.store.manifest import Manifest
     from subspec.store.prepare import prepare as prepare_store
 
     start = time.monotonic()
@@ -31,7 +32,10 @@ def prepare(
     elapsed_s = time.monotonic() - start
     size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(path)
-    print(
-        f"{format_size(size_bytes)} on disk · {elapsed_s:.1f} s · peak {format_size(peak_memory_bytes())}",
-        file=sys.stderr,
-    )
+    facts = [
+        f"{format_size(size_bytes)} on disk",
+        f"streams {Manifest.read(path).codec}",
+        f"{elapsed_s:.1f} s",
+        f"peak {format_size(peak_memory_bytes())}",
+    ]
+    print(" · ".join(facts), file=sys.stderr)

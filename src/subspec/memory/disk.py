@@ -147,7 +147,7 @@ def require_crc32(found: int, expected: int, path: Path, part: str = "") -> None
         where = f"{part} differs: " if part else ""
         raise StoreError(
             f"{path} is damaged: {where}its CRC-32 is {found:08x}, the manifest says {expected:08x}; "
-            "prepare the model again with: subspec prepare --rebuild"
+            f"prepare the model again with: subspec prepare MODEL --store {path.parent} --rebuild"
         )
 
 

@@ -78,14 +78,22 @@ def prepare(
     try:
         config = ModelConfig.from_dict(checkpoint.config)
         config.check_tensors(checkpoint.tensors)
-        codec = _codec(checkpoint.dtype, stream or _kept_codec(store, checkpoint.dtype))
+        kept = _kept_codec(store, checkpoint.dtype)
+        codec = _codec(checkpoint.dtype, stream or kept)
+        if kept not in (None, codec) and not rebuild:
+            raise OptionError(
+                f"{store} was prepared to stream {kept}: choose another --store, or replace it with: "
+                f"subspec prepare MODEL --store {store} --stream {codec} --rebuild"
+            )
         directory = store or _default_directory(checkpoint, codec)
         if directory.resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
             raise StoreError(f"{directory} holds the checkpoint itself: choose another --store")
+        identity = checkpoint.identity()
         try:
+            if directory.is_dir():
+                _check_owner(directory, identity)  # before a lock is left in what is not ours
             directory.mkdir(parents=True, exist_ok=True)
             with _locked(directory):
-                identity = checkpoint.identity()
                 _check_owner(directory, identity)
                 if rebuild or not _is_current(directory, identity, checkpoint.dtype, codec):
                     _build(directory, checkpoint, identity, config, codec, progress)

@@ -90,7 +90,7 @@ class RebuiltRows:
         if not 0 <= int(sizes.min()) <= int(sizes.max()) <= _MOST_TILE_BYTES:
             raise StoreError(
                 f"{file.path} is damaged: the directory of rows {stripe * TILE_ROWS} and on is no directory; "
-                "prepare the model again with: subspec prepare --rebuild"
+                f"prepare the model again with: subspec prepare MODEL --store {file.path.parent} --rebuild"
             )
         content = _read_span(file, payload + int(directory[0]), payload + int(directory[-1]), buffer)
         directory -= directory[0].clone()
