@@ -54,7 +54,7 @@ def measure(directory: Path) -> dict[str, Any]:
     for index in range(store.config.layers):
         tiles = read_image(store, layer_file(index, "substitute"))
         for matrix, weight in zip(matrices, load_layer(store, index), strict=True):
-            add(weight, tiles[matrix.substitute_offset :][: tile_bytes(matrix.n, matrix.k)])
+            add(weight, matrix.own_tiles(tiles))
     for index, chunk in enumerate(head_chunks(store.config, store.dtype.itemsize)):
         tiles = read_image(store, head_file(index, "substitute"))
         add(load_chunk(store, index), tiles[: tile_bytes(chunk.stop - chunk.start, store.config.hidden_size)])

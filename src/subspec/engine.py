@@ -192,7 +192,7 @@ class Engine:
         layers = []
         for index, tiles in enumerate(memory):
             weights = [
-                SubstituteLinear(tiles[m.substitute_offset :][: tile_bytes(m.n, m.k)], m.n, m.k, bias)
+                SubstituteLinear(m.own_tiles(tiles), m.n, m.k, bias)
                 for m, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
             layers.append(LayerProducts(*weights))

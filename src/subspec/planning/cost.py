@@ -27,7 +27,11 @@ class Images:
     @property
     def plain_bytes(self) -> int:
         """Of all units as plain weights."""
-        return len(self.layers) * self.plain_layer + sum(self.plain_chunks)
+        return self.plain_bytes_of(len(self.layers), len(self.chunks))
+
+    def plain_bytes_of(self, layers: int, chunks: int) -> int:
+        """Of some layers, and of the first chunks, as plain weights."""
+        return layers * self.plain_layer + sum(self.plain_chunks[:chunks])
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,7 @@ class Residents:
         """Bytes of what stays."""
         rebuilt = sum(images.layers[index] for index in set(self.layers).difference(self.plain_layers))
         rebuilt += sum(images.chunks[self.plain_chunks : self.chunks])
-        plain = len(self.plain_layers) * images.plain_layer + sum(images.plain_chunks[: self.plain_chunks])
-        return rebuilt + plain
+        return rebuilt + images.plain_bytes_of(len(self.plain_layers), self.plain_chunks)
 
     def streamed_bytes(self, images: Images) -> int:
         """Bytes that a sweep streams."""
@@ -73,7 +76,7 @@ class Residents:
 
     def sweep_s(self, images: Images, costs: SweepCosts) -> float:
         """Seconds of a sweep with one row."""
-        plain = len(self.plain_layers) * images.plain_layer + sum(images.plain_chunks[: self.plain_chunks])
+        plain = images.plain_bytes_of(len(self.plain_layers), self.plain_chunks)
         if not images.rebuilt:
             plain = images.plain_bytes
         return costs.sweep_s(self.streamed_bytes(images), plain, images.plain_bytes - plain)

@@ -44,8 +44,8 @@ def measure_costs(store: Store) -> SweepCosts:
     """The costs of a sweep over a residual store, from a short trial on its first layer.
 
     Reads that layer and about 100 MB more: a fraction of a second on a fast disk.  Holds three layers' memory
-    while it runs, before anything else of the model is held.  Without native
-    kernels nothing is tried: rebuilding is then slow beyond question.
+    while it runs, before anything else of the model is held.  Without native kernels nothing is tried:
+    rebuilding is then slow beyond question.
 
     Raises:
         StoreError: an image is damaged or cannot be read.

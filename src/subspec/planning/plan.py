@@ -184,7 +184,7 @@ def make_plan(
     costs = costs or SweepCosts()
     # The tree that needs least decides the minimum.
     small = _spend(config, itemsize, small_bytes, request, RESIDENT_TREE, images, costs)
-    plain = len(small.plain_layers) * images.plain_layer + sum(images.plain_chunks[: small.plain_chunks])
+    plain = images.plain_bytes_of(len(small.plain_layers), small.plain_chunks)
     if plain >= MOSTLY_PLAIN * images.plain_bytes:
         return small
     tree = REBUILT_TREE if images.rebuilt else STREAMED_TREE

@@ -1,6 +1,6 @@
 """Exact weights from a store's images, whatever codec they are kept in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -8,8 +8,8 @@ from subspec.memory.arena import map_bytes
 from subspec.memory.tiers import page_aligned
 from subspec.store.layout import Chunk, head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
-from subspec.substitute.images import split
-from subspec.substitute.layout import Placed, tile_bytes
+from subspec.substitute.images import plain_matrices, split
+from subspec.substitute.layout import Placed
 from subspec.substitute.residual import decode_rows
 
 
@@ -36,16 +36,12 @@ def rebuild(store: Store, image: Tensor, tiles: Tensor, matrices: Sequence[Place
     if store.manifest.codec == "raw":
         out[: len(image)] = image
         return
-    start = 0
-    for residual, matrix in zip(split(image, len(matrices)), matrices, strict=True):
-        size = matrix.n * matrix.k * store.dtype.itemsize
-        weight = out[start : start + size].view(store.dtype).view(matrix.n, matrix.k)
-        own = tiles[matrix.substitute_offset :][: tile_bytes(matrix.n, matrix.k)]
-        decode_rows(residual, own, matrix.n, weight)
-        start += size
+    weights = plain_matrices(out, matrices, store.dtype)
+    for residual, matrix, weight in zip(split(image, len(matrices)), matrices, weights, strict=True):
+        decode_rows(residual, matrix.own_tiles(tiles), matrix.n, weight)
 
 
-def load_layer(store: Store, index: int) -> Iterator[Tensor]:
+def load_layer(store: Store, index: int) -> list[Tensor]:
     """The exact matrices (n, k) of a layer, read and rebuilt: views of new memory.
 
     Raises:
@@ -60,18 +56,14 @@ def load_chunk(store: Store, index: int) -> Tensor:
     """The exact rows (n, k) of a chunk of the output head, new; raises as ``load_layer`` does."""
     chunk = head_chunks(store.config, store.dtype.itemsize)[index]
     names = head_file(index, store.form), head_file(index, "substitute")
-    return next(_load(store, *names, chunk_matrices(store, chunk)))
+    return _load(store, *names, chunk_matrices(store, chunk))[0]
 
 
-def _load(store: Store, exact: str, substitute: str, matrices: Sequence[Placed]) -> Iterator[Tensor]:
+def _load(store: Store, exact: str, substitute: str, matrices: Sequence[Placed]) -> list[Tensor]:
     """The exact matrices of a unit by the names of its two files."""
     memory = map_bytes(exact_bytes(store, matrices))
     rebuild(store, read_image(store, exact), read_image(store, substitute), matrices, memory)
-    start = 0
-    for matrix in matrices:
-        size = matrix.n * matrix.k * store.dtype.itemsize
-        yield memory[start : start + size].view(store.dtype).view(matrix.n, matrix.k)
-        start += size
+    return plain_matrices(memory, matrices, store.dtype)
 
 
 def read_image(store: Store, name: str) -> Tensor:

@@ -16,8 +16,8 @@ from subspec.kernels.native import kernels
 from subspec.kernels.residual import residual_kernels
 from subspec.models.decoder import RowProduct
 from subspec.models.linear import ExactProduct
-from subspec.substitute.images import split
-from subspec.substitute.layout import Placed, tile_bytes
+from subspec.substitute.images import plain_matrices, split
+from subspec.substitute.layout import Placed
 from subspec.substitute.residual import decode_rows
 
 _BLOCK_ROWS = 64  # that a thread of the native kernel rebuilds at once, unless they are above
@@ -64,17 +64,11 @@ class UnitProducts:
         if not plain:
             residuals = split(memory, len(matrices))
             return [
-                partial(self._rebuilt, residual, tiles[matrix.substitute_offset :], matrix, bias)
+                partial(self._rebuilt, residual, matrix.own_tiles(tiles), matrix, bias)
                 for residual, matrix, bias in zip(residuals, matrices, biases, strict=True)
             ]
-        products: list[RowProduct] = []
-        start = 0
-        for matrix, bias in zip(matrices, biases, strict=True):
-            size = matrix.n * matrix.k * self._dtype.itemsize
-            weight = memory[start : start + size].view(self._dtype).view(matrix.n, matrix.k)
-            products.append(partial(self._plain, weight, bias))
-            start += size
-        return products
+        weights = plain_matrices(memory, matrices, self._dtype)
+        return [partial(self._plain, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def _plain(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The product with a plain weight."""
@@ -84,11 +78,9 @@ class UnitProducts:
         self, residual: Tensor, tiles: Tensor, matrix: Placed, bias: Tensor | None, x: Tensor
     ) -> Tensor:
         """The product with a weight that is rebuilt for it."""
-        own = tiles[: tile_bytes(matrix.n, matrix.k)]
         native = residual_kernels()
         if self._product.native and native is not None:
-            return native.linear(x, residual, own, matrix.n, bias)
+            return native.linear(x, residual, tiles, matrix.n, bias)
         assert self._scratch is not None
-        size = matrix.n * matrix.k * self._dtype.itemsize
-        weight = self._scratch[:size].view(self._dtype).view(matrix.n, matrix.k)
-        return self._product(x, decode_rows(residual, own, matrix.n, weight), bias)
+        (weight,) = plain_matrices(self._scratch, [matrix], self._dtype)
+        return self._product(x, decode_rows(residual, tiles, matrix.n, weight), bias)

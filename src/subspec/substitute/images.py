@@ -1,7 +1,7 @@
-"""Residual images: the residuals of a unit's matrices in one run of bytes.
+"""A unit's matrices in one run of bytes: as plain weights one after another, or as a residual image.
 
-An image begins with one little-endian uint64 a matrix, the byte where its residual starts, padded to 64
-bytes; each residual starts at a multiple of 64 bytes and ends where the next one, or the image, does.
+A residual image begins with one little-endian uint64 a matrix, the byte where its residual starts, padded to
+64 bytes; each residual starts at a multiple of 64 bytes and ends where the next one, or the image, does.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspec.errors import StoreError
+from subspec.substitute.layout import Placed
 
 UNIT_BYTES = 64
 
@@ -31,6 +32,16 @@ def join(residuals: Sequence[Tensor]) -> list[Tensor]:
     for residual in residuals:
         pieces += [residual, torch.zeros(_aligned(len(residual)) - len(residual), dtype=torch.uint8)]
     return pieces
+
+
+def plain_matrices(memory: Tensor, matrices: Sequence[Placed], dtype: torch.dtype) -> list[Tensor]:
+    """The plain weights (n, k) that lie one after another in ``memory`` (uint8), as views."""
+    found, start = [], 0
+    for matrix in matrices:
+        size = matrix.n * matrix.k * dtype.itemsize
+        found.append(memory[start : start + size].view(dtype).view(matrix.n, matrix.k))
+        start += size
+    return found
 
 
 def split(image: Tensor, count: int) -> list[Tensor]:

@@ -47,6 +47,10 @@ class Placed:
     k: int
     substitute_offset: int
 
+    def own_tiles(self, tiles: Tensor) -> Tensor:
+        """Its substitute among theirs, a view."""
+        return tiles[self.substitute_offset :][: tile_bytes(self.n, self.k)]
+
 
 def groups(k: int) -> int:
     """Groups in a row of k columns."""
