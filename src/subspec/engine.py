@@ -4,7 +4,8 @@ Builds everything that a plan names, then offers the two passes that decoding is
 sweep of the exact weights through the slot ring, and ``draft``, one pass over the substitutes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,11 +33,19 @@ LOAD_THREADS = 2
 
 @dataclass(frozen=True)
 class Counters:
-    """Running totals of an engine: sweeps begun, bytes streamed, seconds that sweeps waited for the link."""
+    """Running totals of an engine.
+
+    Attributes:
+        sweeps: begun.
+        streamed_bytes: that came over the link; ``link_s``: seconds that it was busy.
+        wait_s: seconds that sweeps waited for the link; ``gap_s``: that they filled with drafting instead.
+    """
 
     sweeps: int
     streamed_bytes: int
+    link_s: float
     wait_s: float
+    gap_s: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Engine:
         self.budget = MemoryBudget(plan.budget_bytes)
         self._arena = Arena(self.budget)
         self._sweeps = 0
+        self._gap: Callable[[], bool] | None = None
+        self._gap_s = 0.0
         self._streamer: Streamer | None = None
         self.budget.take("workspace", plan.parts["workspace"])
         self.budget.take("norms_biases", plan.parts["norms_biases"])
@@ -100,13 +111,20 @@ class Engine:
 
     # --- the two passes ---
 
-    def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
+    def target(self, rows: Rows, *, last_only: bool, gap: Callable[[], bool] | None = None) -> torch.Tensor:
         """One sweep: exact logits (T, V), or (1, V) of the last row; keys and values written for all rows.
+
+        Args:
+            rows: what it computes.
+            last_only: whether only the last row's logits are wanted.
+            gap: called again and again while the next unit is not there yet, until it returns False: a
+                little work that writes none of the rows' slots.
 
         Raises:
             StoreError: the stream broke; the next sweep starts afresh.
         """
         self._sweeps += 1
+        self._gap = gap
         if self._streamer is not None:
             self._streamer.rewind()
         hidden = self.decoder.forward(
@@ -122,10 +140,20 @@ class Engine:
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
-        hidden = self.decoder.forward(
-            self._draft_layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
-        )
+        hidden = self.rows.lookup(rows.tokens)
+        self.decoder.forward(self._draft_layers, hidden, rows, self.plan.prefill_rows)
         return self._draft_head(self._normed(hidden))
+
+    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
+        """``draft`` in pieces: yields after each layer, returns the logits."""
+        hidden = self.rows.lookup(rows.tokens)
+        yield from self.decoder.steps(self._draft_layers, hidden, rows, self.plan.prefill_rows)
+        return self._draft_head(self._normed(hidden))
+
+    @property
+    def sweep_bytes(self) -> tuple[int, int]:
+        """Bytes that a sweep streams, and of those, how many fit the slots."""
+        return self.plan.streamed_bytes, self.plan.slots * self.plan.slot_bytes
 
     def move(self, sources: list[int], start: int) -> None:
         """Move cache slots ``sources`` to ``start`` and on."""
@@ -134,8 +162,9 @@ class Engine:
     def counters(self) -> Counters:
         """Totals since the engine was built."""
         if self._streamer is None:
-            return Counters(self._sweeps, 0, 0.0)
-        return Counters(self._sweeps, self._streamer.streamed_bytes, self._streamer.wait_s)
+            return Counters(self._sweeps, 0, 0.0, 0.0, 0.0)
+        streamer = self._streamer
+        return Counters(self._sweeps, streamer.streamed_bytes, streamer.busy_s, streamer.wait_s, self._gap_s)
 
     def close(self) -> None:
         """Stop the readers and close the store."""
@@ -262,9 +291,18 @@ class Engine:
         if unit.stays:
             memory, plain = self._resident[unit.name], unit.stays_plain
         else:
-            assert self._streamer is not None
-            memory, plain = self._streamer.acquire(), self.store.form == "exact"
+            memory, plain = self._next_streamed(), self.store.form == "exact"
         return self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
+
+    def _next_streamed(self) -> torch.Tensor:
+        """The stream's next unit; until it is there, the gap is filled."""
+        assert self._streamer is not None
+        if self._gap is not None and not self._streamer.ready():
+            start = time.perf_counter()
+            while self._gap() and not self._streamer.ready():
+                pass
+            self._gap_s += time.perf_counter() - start
+        return self._streamer.acquire()
 
     def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""

@@ -13,7 +13,7 @@ MIB = 1 << 20
 FIGURES: dict[str, Any] = {
     "reused_tokens": 0, "prefill_s": 0.5, "decode_s": 2.0, "tok_s": 1.0, "acceptance_length": 1.0, "steps": 4,
     "sweeps": 5, "streamed_bytes": 0, "draft_s": 0.25, "verify_s": 1.5, "wait_s": 0.125, "accepted": [],
-    "drafted": [],
+    "drafted": [], "verified": [], "gap_s": 0.5, "wasted_s": 0.125, "link_s": 1.0,
 }  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def run_record(
     ``None`` where nothing was streamed or the link was not measured.
     """
     statistics = result.statistics.as_dict()
-    lists = {name: list(statistics.pop(name)) for name in ("drafted", "accepted")}
+    lists = {name: list(statistics.pop(name)) for name in ("drafted", "verified", "accepted")}
     capacity_bytes = (link_bytes_per_s or 0.0) * result.statistics.decode_s
     used = result.statistics.streamed_bytes / capacity_bytes if capacity_bytes > 0 else None
     return {

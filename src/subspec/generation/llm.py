@@ -14,8 +14,15 @@ from subspec.generation.text import TextStream
 from subspec.memory.tiers import default_budget, parse_size
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
-from subspec.speculation.decode import Commit, decode
+from subspec.speculation.adaptive import Speculator
+from subspec.speculation.calibration import calibrations
+from subspec.speculation.commit import Commit
+from subspec.speculation.decode import decode
+from subspec.speculation.draft import TreeShape
+from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler, SamplingParams
+from subspec.speculation.times import StepTimes
+from subspec.store.calibration import load_calibration, save_calibration
 from subspec.store.prepare import prepare
 from subspec.store.reader import Store
 
@@ -32,7 +39,8 @@ class LLM:
         mode: ``speculative``, or ``plain``: the same engine with a one-node tree, and the same tokens.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
         min_reach: probability of reaching the last level below which no further one is drafted.
-        draft_temperature: divisor of the draft's scores.
+        draft_temperature: divisor of the draft's scores.  These five pin a fixed tree; without any of them
+            each tree is as large as pays by what was measured.
         dtype: ``bfloat16``, ``float16`` or ``float32`` instead of the checkpoint's own.
         stream: how exact weights are kept and streamed: ``residual``, or ``raw``, twice as large; default:
             ``residual`` for weights of 16 bits, and ``raw`` for fp32, which has no residual form, and where
@@ -44,6 +52,8 @@ class LLM:
 
     Attributes:
         plan: what the budget is spent on.
+        tree: what drafts: a ``Speculator``, or the fixed tree that was asked for.  May be set to another
+            tree within the plan's bounds.
         config: the model's configuration.
         name: the model's short name.
         store_path: the prepared model.
@@ -81,6 +91,9 @@ class LLM:
         self.config, self.name = opened.config, opened.manifest.name
         self.plan: Plan = _planned(opened, request)
         self.engine = Engine(opened, self.plan, progress, paranoid=paranoid)
+        self.tree: TreeShape | Speculator = self.plan.tree
+        if self.plan.adaptive:
+            self.tree = _speculator(self.plan, load_calibration(self.store_path))
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._turn = 0
@@ -147,6 +160,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._turn += 1
+            if isinstance(self.tree, Speculator):
+                save_calibration(self.store_path, self.tree.learnt())
             self.engine.close()
 
     def __enter__(self) -> Self:
@@ -179,7 +194,7 @@ class LLM:
         reused = min(_common_prefix(self._cached, ids), len(ids) - 1)
         self._cached = ids[:reused]
         sampler = Sampler(params, ids, plan.draft_temperature)
-        shape = plan.tree if mode == "speculative" else None
+        shape = self.tree if mode == "speculative" else None
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = _Clock(self.engine, mode, reused)
@@ -267,6 +282,7 @@ class _Clock:
     def statistics(self, new_tokens: int) -> Statistics:
         """The account of the finished text."""
         last, steps = self._engine.counters(), len(self._commits)
+        wasted = [commit.wasted_s for commit in self._commits]
         return Statistics(
             mode=self._mode,
             new_tokens=new_tokens,
@@ -279,10 +295,14 @@ class _Clock:
             sweeps=last.sweeps - self._origin.sweeps,
             streamed_bytes=last.streamed_bytes - self._first.streamed_bytes,
             draft_s=sum(commit.draft_s for commit in self._commits),
+            gap_s=sum(commit.gap_s for commit in self._commits),
+            wasted_s=None if None in wasted else sum(filter(None, wasted)),
             verify_s=sum(commit.verify_s for commit in self._commits),
             wait_s=last.wait_s - self._first.wait_s,
+            link_s=last.link_s - self._first.link_s,
             accepted=[len(commit.tokens) - 1 for commit in self._commits],
             drafted=[commit.drafted for commit in self._commits],
+            verified=[commit.verified for commit in self._commits],
         )
 
 
@@ -294,6 +314,12 @@ def _planned(store: Store, request: Request) -> Plan:
     if store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
         return plan
     return make_plan(*sizes, measure_costs(store))
+
+
+def _speculator(plan: Plan, learnt: dict[str, dict[str, float]]) -> Speculator:
+    """What finds out how much of a tree pays, within a plan's bounds, from where earlier processes got to."""
+    policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
+    return Speculator(policy, calibrations(learnt), plan.tree_slots)
 
 
 def _checked_mode(mode: str) -> str:

@@ -18,10 +18,13 @@ class Statistics:
         steps: draft–verify–commit rounds.
         sweeps: passes of the exact model, prefill included.
         streamed_bytes: bytes that came over the link while decoding.
-        draft_s: seconds spent drafting; ``verify_s``: in sweeps and walks; ``wait_s``: of those, waiting
-        for the link.
+        draft_s: seconds spent drafting before sweeps; ``verify_s``: in sweeps and walks; of those,
+            ``wait_s``: waiting for the link, ``gap_s``: drafting meanwhile.
+        wasted_s: seconds of draft passes whose guesses came to nothing; None for a fixed tree.
+        link_s: seconds that the link was busy.
         accepted: accepted tokens of each step, the bonus token left out.
-        drafted: nodes of each step's tree, the root included.
+        drafted: nodes of each step's tree when its sweep began, the root included; ``verified``: of them,
+            those in the sweep.
     """
 
     mode: str
@@ -37,8 +40,12 @@ class Statistics:
     draft_s: float
     verify_s: float
     wait_s: float
+    gap_s: float
+    wasted_s: float | None
+    link_s: float
     accepted: list[int]
     drafted: list[int]
+    verified: list[int]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for result files."""

@@ -68,7 +68,9 @@ class Streamer:
         self._in_flight = 0
         self._closed = False
         self.streamed_bytes = 0
-        self.wait_s = 0.0
+        self.wait_s = 0.0  # that `acquire` blocked
+        self.busy_s = 0.0  # that at least one read was under way
+        self._busy_since = 0.0
         self._threads = [threading.Thread(target=self._read_loop, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -98,6 +100,11 @@ class Streamer:
                 raise self._error or StoreError("the model is closed")
         self.wait_s += time.perf_counter() - start
         return self.slots[load % len(self.slots)][: self.units[load % len(self.units)].n_bytes]
+
+    def ready(self) -> bool:
+        """Whether ``acquire`` would return, or raise, at once."""
+        with self._changed:
+            return self._released in self._ready or self._error is not None or self._closed
 
     def release(self) -> None:
         """Give the acquired slot back to the readers."""
@@ -140,6 +147,8 @@ class Streamer:
             finally:
                 with self._changed:
                     self._in_flight -= 1
+                    if not self._in_flight:
+                        self.busy_s += time.perf_counter() - self._busy_since
                     self._changed.notify_all()
 
     def _next_request(self) -> tuple[int, int, int] | None:
@@ -154,6 +163,8 @@ class Streamer:
                     self._offset += size
                     if self._offset == n_bytes:
                         self._loading, self._offset = load + 1, 0
+                    if not self._in_flight:
+                        self._busy_since = time.perf_counter()
                     self._in_flight += 1
                     return load, offset, size
                 self._changed.wait()

@@ -110,16 +110,21 @@ class Decoder:
         self._scale = config.head_dim**-0.5
 
     def forward(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> torch.Tensor:
-        """Run all layers over ``rows``.
+        """Run all layers over ``rows``: ``steps`` to its end; returns ``hidden`` itself."""
+        for _ in self.steps(source, hidden, rows, chunk_rows):
+            pass
+        return hidden
+
+    def steps(
+        self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int
+    ) -> Iterator[None]:
+        """Run all layers over ``rows``, yielding after each one.
 
         Args:
             source: the weights.
-            hidden: (T, C) embeddings of the tokens; overwritten.
+            hidden: (T, C) embeddings of the tokens; in the end, hidden states before the final norm.
             rows: the rows' places.
             chunk_rows: how many rows go through a layer at once.
-
-        Returns:
-            (T, C) hidden states before the final norm: ``hidden`` itself.
         """
         bounds = [
             (start, min(start + chunk_rows, len(rows.tokens)))
@@ -129,7 +134,7 @@ class Decoder:
         for index, products in enumerate(source.layers()):
             for part, places in chunks:
                 self._layer(index, products, part, places)
-        return hidden
+            yield
 
     def _layer(self, index: int, products: LayerProducts, x: torch.Tensor, rows: Rows) -> None:
         """One layer over one chunk, added into x (T, C)."""

@@ -27,12 +27,13 @@ NOISE_BYTES = 4  # a position's noise, per vocabulary entry
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
 
 
-# Measured (docs/log.md): a sweep that streams costs as much as dozens of draft levels.  Raw, it hides the
-# products of many rows behind the link; residuals are there in less than half the time, and a row must be
-# worth its products.  A sweep over plain weights in memory costs a few levels.
+# How large a tree may become; of a tree that is pinned in part, the rest.  A sweep that streams costs as
+# much as dozens of draft levels.  Raw, it hides the products of many rows behind the link; residuals are
+# there in less than half the time, and a row must be worth its products.  A sweep over plain weights in
+# memory costs a few levels.
 STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
-REBUILT_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.2, min_score=0.04)
-RESIDENT_TREE = TreeShape(depth=8, width=2, nodes=8, min_reach=0.5)
+REBUILT_TREE = TreeShape(depth=40, width=6, nodes=64, min_reach=0.2, min_score=0.04)
+RESIDENT_TREE = TreeShape(depth=12, width=4, nodes=24, min_reach=0.5)
 MOSTLY_PLAIN = 0.9  # share of the weights above which neither streaming nor rebuilding decides a sweep's time
 
 
@@ -45,7 +46,7 @@ class Request:
         context: tokens of prompt and text together.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
         min_reach: probability of reaching the last level below which no further one is drafted.
-        draft_temperature: divisor of the draft's scores.
+        draft_temperature: divisor of the draft's scores.  Any of these five pins a fixed tree.
         prefill_rows: prompt rows that go through a layer at once.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     Attributes:
         budget_bytes: the bound.
         context: tokens of prompt and text together.
+        adaptive: whether each tree is as large as pays; its bounds are those of a fixed one.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
         min_reach: probability of reaching the last level below which no further one is drafted.
         min_score: nodes less likely to be reached than this are not verified.
@@ -94,6 +96,7 @@ class Plan:
 
     budget_bytes: int
     context: int
+    adaptive: bool
     depth: int
     width: int
     nodes: int
@@ -122,9 +125,14 @@ class Plan:
         return TreeShape(self.depth, self.width, self.nodes, self.min_reach, self.min_score)
 
     @property
+    def tree_slots(self) -> int:
+        """Slots of the KV cache that the tree may use, beside the context's."""
+        return self.tree.drafted
+
+    @property
     def cache_slots(self) -> int:
         """Slots of the KV cache: the context, and scratch for the tree."""
-        return self.context + self.tree.drafted
+        return self.context + self.tree_slots
 
     def all_plain(self, layers: int) -> bool:
         """Whether all of a model's layers, and all of its head, stay as plain weights."""
@@ -152,8 +160,8 @@ class Plan:
             f"streamed a sweep: {format_size(self.streamed_bytes)} through {self.slots} slots"
         )
         lines.append(
-            f"context {self.context}; tree: depth {self.depth}, width {self.width}, "
-            f"{self.nodes} nodes verified"
+            f"context {self.context}; tree: {'at most ' if self.adaptive else ''}depth {self.depth}, "
+            f"width {self.width}, {self.nodes} nodes verified"
         )
         return "\n".join(lines)
 
@@ -256,8 +264,10 @@ def _wishes(config: ModelConfig, request: Request, defaults: TreeShape) -> dict[
         raise OptionError(f"--draft-temperature is {temperature}: it must be above 0")
     if not 0 <= reach <= 1:
         raise OptionError(f"--min-reach is {reach}: it must be between 0 and 1")
+    pinned = (request.depth, request.width, request.nodes, request.min_reach, request.draft_temperature)
     return {
         "context": context,
+        "adaptive": all(wish is None for wish in pinned),
         "depth": depth,
         "width": min(width, config.vocab_size),
         "nodes": nodes,

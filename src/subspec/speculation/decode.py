@@ -1,20 +1,25 @@
 """The decoding loop: prefill, then draft, verify and commit until something stops it.
 
-Plain decoding is this loop with a one-node tree: the same target pass, the same choice of tokens.
+Plain decoding is this loop with a one-node tree: the same target pass, the same choice of tokens.  So is a
+step whose tree is fixed beforehand, and one that is as large as it pays (``adaptive``).
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, cast
 
 import torch
 
 from subspec.models.decoder import Rows, prefix_rows
+from subspec.speculation.adaptive import AdaptivePasses, Speculator
+from subspec.speculation.commit import Commit
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import walk
+
+__all__ = ["Commit", "Passes", "decode"]
 
 
 class Passes(Protocol):
@@ -33,55 +38,42 @@ class Passes(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Commit:
-    """What one step (or the prefill) added to the text.
-
-    Attributes:
-        tokens: committed tokens in order; the last one has no entry in the cache yet.
-        prefill: True for the first commit of a text.
-        drafted: nodes in the tree, root included.
-        verified: nodes that the sweep verified.
-        draft_s: seconds spent drafting.
-        verify_s: seconds from the start of the sweep to the commit.
-    """
-
-    tokens: list[int]
-    prefill: bool
-    drafted: int
-    verified: int
-    draft_s: float
-    verify_s: float
-
-
 def decode(
     passes: Passes,
     prompt: list[int],
     cached: int,
     sampler: Sampler,
-    shape: TreeShape | None,
+    shape: TreeShape | Speculator | None,
     max_new_tokens: int,
 ) -> Iterator[Commit]:
     """Generate up to ``max_new_tokens`` tokens, a step at a time.
 
     Args:
-        passes: the model.  Its cache holds the first ``cached`` tokens of the prompt.
+        passes: the model, ``AdaptivePasses`` for a Speculator.  Its cache holds the first ``cached`` tokens
+            of the prompt.
         prompt: token ids, at least one more than ``cached``.
         cached: length of the prefix that need not be computed.
         sampler: chooses the target's tokens and ranks the draft's guesses.
-        shape: the tree; None decodes plainly.
+        shape: a fixed tree, or what finds out how much of one pays; None decodes plainly.
         max_new_tokens: where to stop; end tokens are the caller's business.
 
     Yields:
         One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the
         cache holds the prompt and every committed token but the last.
     """
+    rows = prefix_rows(prompt[cached:], cached)
     start = time.perf_counter()
-    logits = passes.target(prefix_rows(prompt[cached:], cached), last_only=True)
+    if isinstance(shape, Speculator):
+        logits = shape.prefill(cast(AdaptivePasses, passes), rows)
+    else:
+        logits = passes.target(rows, last_only=True)
     root, base = sampler.choose(logits[0], len(prompt)), len(prompt)
     sampler.observe([root], base)
     yield Commit([root], True, 0, 0, 0.0, time.perf_counter() - start)
     remaining = max_new_tokens - 1
+    if isinstance(shape, Speculator):
+        yield from shape.commits(cast(AdaptivePasses, passes), sampler, root, base, remaining)
+        return
     while remaining > 0:
         commit = _step(passes, root, base, sampler, shape, remaining)
         root, base = commit.tokens[-1], base + len(commit.tokens)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from subspec.errors import OptionError
 
@@ -131,6 +132,33 @@ class Sampler:
         best = int(scores.argmax())
         return best if tokens is None else int(tokens[best])
 
+    def candidates(
+        self, logits: torch.Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft's likeliest tokens under the target's own noise.
+
+        Args:
+            logits: (T, V) of the draft.
+            positions: of the token that each row guesses.
+            paths: for each row the tokens after the committed ones that lead to it.
+            count: most candidates a row.
+
+        Returns:
+            Tokens (T, K) int64 and scores (T, K) fp32, best first, K at most ``count``: penalized logits,
+            divided by the temperature and perturbed where tokens are drawn; −∞ where a row has fewer.
+        """
+        if self.params.repetition_penalty != 1.0:
+            rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
+            logits = torch.stack(rows)
+        if not self.params.samples:
+            values, indices = logits.topk(min(count, logits.shape[-1]), dim=-1)
+            return indices, values.float()
+        values, indices = logits.topk(min(max(self._candidates, count), logits.shape[-1]), dim=-1)
+        noise = [self._noise_at(position, logits.shape[-1]) for position in positions]
+        ranked = [self._rank(*row, count) for row in zip(values.float(), indices, noise, strict=True)]
+        tokens, scores = (torch.stack(column) for column in zip(*ranked, strict=True))
+        return tokens, scores  # (T, K)
+
     def guess(
         self, logits: torch.Tensor, position: int, paths: Sequence[Sequence[int]], width: int
     ) -> tuple[list[list[int]], list[list[float]]]:
@@ -146,29 +174,24 @@ class Sampler:
             For each row up to ``width`` tokens, best first, and the log of the probability that the target
             takes each: a softmax of perturbed scores over the ranked candidates.
         """
-        if self.params.repetition_penalty != 1.0:
-            rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
-            logits = torch.stack(rows)
-        if not self.params.samples:
-            values, indices = logits.topk(min(max(width, GREEDY_CANDIDATES), logits.shape[-1]), dim=-1)
-            logs = torch.log_softmax(values.float() / self._draft_temperature, dim=-1)
-            return indices[:, :width].tolist(), logs[:, :width].tolist()
-        noise = self._noise_at(position, logits.shape[-1])
-        values, indices = logits.topk(min(self._candidates, logits.shape[-1]), dim=-1)
-        ranked = [
-            self._rank(row, ids, noise, width) for row, ids in zip(values.float(), indices, strict=True)
-        ]
-        return [tokens for tokens, _ in ranked], [scores for _, scores in ranked]
+        ranked = self._candidates if self.params.samples else GREEDY_CANDIDATES
+        tokens, scores = self.candidates(logits, [position] * len(logits), paths, max(width, ranked))
+        logs = torch.log_softmax(scores / self._draft_temperature, dim=-1)
+        known = (scores > -torch.inf).sum(dim=-1).clamp(max=width).tolist()
+        return (
+            [row[:count] for row, count in zip(tokens.tolist(), known, strict=True)],
+            [row[:count] for row, count in zip(logs.tolist(), known, strict=True)],
+        )
 
     def _rank(
-        self, row: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, width: int
-    ) -> tuple[list[int], list[float]]:
-        """The best of one row's candidates (their logits and ids) under the noise: tokens and log scores."""
+        self, row: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best ``count`` of one row's candidates (their logits and ids) under the noise, and scores."""
         kept, chosen = keep(row / self.params.divisor, self.params)
         ids = ids if chosen is None else ids[chosen]
-        scores = torch.log_softmax((kept + noise[ids]) / self._draft_temperature, dim=-1)
-        best = scores.topk(min(width, len(scores)))
-        return ids[best.indices].tolist(), best.values.tolist()
+        best = (kept + noise[ids]).topk(min(count, len(kept)))
+        missing = count - len(best.values)
+        return F.pad(ids[best.indices], (0, missing)), F.pad(best.values, (0, missing), value=-torch.inf)
 
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""

@@ -1,0 +1,249 @@
+"""A step whose tree is as deep and wide as it pays, and that goes on growing while the sweep waits.
+
+    grow the tree that is left of the last step → choose the nodes worth verifying → sweep, and draft in its
+    gaps → walk → learn → commit, keep the subtree below the next root
+
+Between two units of a sweep the processor idles until the link has brought the next one.  ``Passes.target``
+then calls back, and each call advances the draft by one layer of one pass.  All of it runs in the sweep's
+program order; on an accelerator the same order is the compute stream's.  Drafts may read keys and values that
+the sweep has half updated: that changes trees, never tokens, since verification asks the target alone.
+
+Source: SubSpec (Chang et al. 2025, arXiv 2509.18344) for the step; overlapping as in the text above.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
+
+import torch
+
+from subspec.models.decoder import Rows
+from subspec.speculation.calibration import CALIBRATION_NAMES, Calibration
+from subspec.speculation.commit import Commit
+from subspec.speculation.growth import Growth
+from subspec.speculation.policy import Policy
+from subspec.speculation.sampling import Sampler
+from subspec.speculation.tree import DraftTree
+from subspec.speculation.verify import walk
+
+Gap = Callable[[], bool]
+FIRST_ROWS = (1, 2, 4)  # draft passes timed before the first step
+
+
+class LinkClock(Protocol):
+    """Running totals of the model's passes, in seconds and bytes."""
+
+    @property
+    def wait_s(self) -> float:
+        """That sweeps waited for the link without anything to do."""
+        ...
+
+    @property
+    def gap_s(self) -> float:
+        """That sweeps spent in gaps, drafting."""
+        ...
+
+    @property
+    def link_s(self) -> float:
+        """That the link was busy."""
+        ...
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that came over it."""
+        ...
+
+
+class AdaptivePasses(Protocol):
+    """The model as an adaptive step sees it: passes that can be interleaved, and what they took."""
+
+    def target(self, rows: Rows, *, last_only: bool, gap: Gap | None = None) -> torch.Tensor:
+        """One sweep of the exact model: logits (T, V), or (1, V) of the last row.
+
+        Calls ``gap`` again and again while the next unit is not there, until it says that it has nothing to
+        do.
+        """
+        ...
+
+    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
+        """One pass over substitutes: yields after each layer, returns logits (T, V)."""
+        ...
+
+    def move(self, sources: list[int], start: int) -> None:
+        """Move cache slots ``sources`` to ``start`` and on."""
+        ...
+
+    def counters(self) -> LinkClock:
+        """Totals so far."""
+        ...
+
+    @property
+    def sweep_bytes(self) -> tuple[int, int]:
+        """Bytes that a sweep streams, and of those, how many fit the slots while no sweep runs."""
+        ...
+
+
+class Speculator:
+    """What speculation has learnt of a model on this machine; outlasts a text.
+
+    Args:
+        policy: decides, and knows what passes cost.
+        calibrations: by whether tokens are drawn.
+        capacity: most slots of a tree: nodes and shadows.
+    """
+
+    def __init__(self, policy: Policy, calibrations: dict[bool, Calibration], capacity: int) -> None:
+        self.policy, self.calibrations, self.capacity = policy, calibrations, capacity
+
+    def learnt(self) -> dict[str, dict[str, float]]:
+        """What is worth keeping for the next process: ``calibration.calibrations`` reads it."""
+        return {CALIBRATION_NAMES[drawn]: one.learnt() for drawn, one in self.calibrations.items()}
+
+    def prefill(self, passes: AdaptivePasses, rows: Rows) -> torch.Tensor:
+        """The prompt's sweep: logits (1, V) of the last row; a first look at what sweeps cost."""
+        start, before = time.perf_counter(), passes.counters()
+        logits = passes.target(rows, last_only=True)
+        waited_s = passes.counters().wait_s - before.wait_s
+        self.policy.times.sweep.start(len(rows.tokens), time.perf_counter() - start - waited_s)
+        return logits
+
+    def commits(
+        self, passes: AdaptivePasses, sampler: Sampler, root: int, base: int, remaining: int
+    ) -> Iterator[Commit]:
+        """The steps after a prefill that committed ``root``; the cache holds ``base`` tokens before it."""
+        if remaining <= 0:
+            return
+        self.policy.begin()
+        if not self.policy.times.draft.seen and remaining > 1:
+            self._time_drafts(passes, root, base)
+        calibration = self.calibrations[sampler.params.samples]
+        growth = Growth(DraftTree.rooted(root, base), sampler, calibration, self.capacity, 0)
+        text = Speculation(self.policy, passes, growth)
+        while remaining > 0:
+            commit = text.step(remaining)
+            remaining -= len(commit.tokens)
+            yield commit
+
+    def _time_drafts(self, passes: AdaptivePasses, root: int, base: int) -> None:
+        """Time a draft pass of each of ``FIRST_ROWS`` rows."""
+        for rows in FIRST_ROWS:
+            if rows > self.policy.width:
+                return
+            tree = DraftTree.rooted(root, base)
+            nodes = [0, *(tree.add(root, 0, 0.0) for _ in range(rows - 1))]
+            start = time.perf_counter()
+            _finished(passes.draft_steps(tree.rows(nodes)))
+            self.policy.times.draft.observe(rows, time.perf_counter() - start)
+
+
+class Speculation:
+    """The steps of one text."""
+
+    def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth) -> None:
+        self._policy, self._passes, self._growth = policy, passes, growth
+        self._gap_nodes: list[int] = []
+        self._gap_pass: Generator[None, None, torch.Tensor] | None = None
+        self._gap_pass_s = 0.0
+
+    def step(self, remaining: int) -> Commit:
+        """Draft, verify and commit once: at least one token, no more than ``remaining``."""
+        policy, passes, growth = self._policy, self._passes, self._growth
+        growth.max_depth = min(policy.depth, remaining - 1)
+        start, before = time.perf_counter(), passes.counters()
+        self._grow(start)
+        drafting_s = time.perf_counter() - start
+        nodes = growth.usable(policy.verify(growth.scores(), drafting_s))
+        drafted = len(growth.tree)
+        growth.verified = frozenset(nodes)
+        logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=self._advance)  # (N, V)
+        swept_s = time.perf_counter() - start - drafting_s
+        walked = walk(growth.tree, nodes, logits, growth.sampler.choose)
+        top = growth.next_root(walked)
+        self._end_gap_pass(top)
+        used_s, used_in_gaps_s = growth.learn(walked)
+        following, slots = growth.continue_from(walked, top)
+        passes.move(slots, growth.tree.base)
+        growth.sampler.observe(walked.tokens, following.tree.base)
+        self._growth = following
+        end, after = time.perf_counter(), passes.counters()
+        gap_s, wait_s = after.gap_s - before.gap_s, after.wait_s - before.wait_s
+        policy.times.sweep.observe(len(nodes), max(swept_s - gap_s - wait_s, 0.0))
+        self._learn_link(after)
+        policy.drafted_in_gaps(used_in_gaps_s, gap_s)
+        policy.stepped(len(walked.tokens), end - start, len(nodes) > 1)
+        wasted_s = max(growth.spent_s - following.spent_s - used_s, 0.0)
+        verify_s = end - start - drafting_s
+        return Commit(walked.tokens, False, drafted, len(nodes), drafting_s, verify_s, gap_s, wasted_s)
+
+    def _grow(self, start: float) -> None:
+        """Draft before the sweep, as long as it pays."""
+        growth, policy = self._growth, self._policy
+        while True:
+            open_nodes, chances = growth.frontier(policy.width)
+            spent_s = time.perf_counter() - start
+            count = policy.widen(chances, growth.scores(), spent_s)
+            if count == 0:
+                return
+            nodes = open_nodes[:count]
+            begun = time.perf_counter()
+            logits = _finished(self._passes.draft_steps(growth.forward(nodes)))
+            self._take(nodes, logits, time.perf_counter() - begun)
+
+    def _advance(self) -> bool:
+        """One layer of a draft pass in a gap; False if there is nothing worth drafting."""
+        start = time.perf_counter()
+        if self._gap_pass is None and not self._begin_gap_pass():
+            return False
+        assert self._gap_pass is not None
+        try:
+            next(self._gap_pass)
+            self._gap_pass_s += time.perf_counter() - start
+        except StopIteration as done:
+            self._gap_pass_s += time.perf_counter() - start
+            self._gap_pass = None
+            self._take(self._gap_nodes, done.value, self._gap_pass_s)
+        return True
+
+    def _begin_gap_pass(self) -> bool:
+        """Choose the next pass of a gap; False if there is none."""
+        open_nodes, chances = self._growth.frontier(self._policy.width)
+        count = self._policy.widen_in_gap(chances)
+        if count == 0:
+            return False
+        self._gap_nodes = open_nodes[:count]
+        self._gap_pass = self._passes.draft_steps(self._growth.forward(self._gap_nodes))
+        self._gap_pass_s = 0.0
+        return True
+
+    def _end_gap_pass(self, top: int | None) -> None:
+        """End the pass that the sweep's end broke off, if the next step needs it; else forget it."""
+        unfinished, self._gap_pass = self._gap_pass, None
+        if unfinished is None or top is None:
+            return
+        if set(self._gap_nodes).isdisjoint(self._growth.tree.below(top)):
+            return
+        start = time.perf_counter()
+        logits = _finished(unfinished)
+        self._take(self._gap_nodes, logits, self._gap_pass_s + time.perf_counter() - start)
+
+    def _take(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
+        """A draft pass ended: add its guesses, learn what it took."""
+        self._policy.times.draft.observe(len(nodes), seconds)
+        for likeliest in self._growth.take(nodes, logits, seconds, self._policy.least_score):
+            self._policy.passed(likeliest)
+
+    def _learn_link(self, totals: LinkClock) -> None:
+        """What a sweep's bytes take at the link's speed so far."""
+        if totals.link_s > 0:
+            per_byte = totals.link_s / totals.streamed_bytes
+            streamed, ahead = self._passes.sweep_bytes
+            self._policy.times.observe_link(streamed * per_byte, ahead * per_byte)
+
+
+def _finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    """Run a pass to its end: its logits."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

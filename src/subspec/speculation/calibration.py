@@ -1,0 +1,148 @@
+"""From a draft's scores to probabilities that the target agrees, learnt while decoding.
+
+A draft row's candidates get ``(1 − miss) · softmax(scores / temperature)``; *miss* is how often the
+target's token is none of them.  Every row of an accepted path shows which candidate the target took; the
+temperature is fitted to what was seen last by maximum likelihood, the misses are counted.  One
+``Calibration`` serves one way of choosing tokens, since drawing and greedy decoding agree differently.  Knows
+nothing of trees or times.
+
+Source: temperature scaling, Guo et al. 2017 (arXiv 1706.04599), section 4.2.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+CALIBRATION_NAMES = {False: "greedy", True: "drawn"}
+CANDIDATES = 8  # of a draft row; what is beyond them counts as a miss
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_MISS = 0.02
+WINDOW = 512  # observations that the fit looks at
+PRIOR_WEIGHT = 8.0  # how many observations the starting value is worth
+_REFIT_AFTER = 8  # new observations
+_LIMITS = (0.05, 20.0)  # of the temperature
+BINS = 10  # of the reliability record
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What was promised and what came, by promised probability: bin i holds (i / 10, (i + 1) / 10].
+
+    Attributes:
+        promised: sum of the probabilities of a bin's candidates.
+        kept: how many of them the target took.
+        count: how many there were.
+    """
+
+    promised: tuple[float, ...]
+    kept: tuple[int, ...]
+    count: tuple[int, ...]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: |promised − kept| over all candidates, per candidate."""
+        total = sum(self.count)
+        return (
+            sum(abs(p - k) for p, k in zip(self.promised, self.kept, strict=True)) / total if total else 0.0
+        )
+
+
+class Calibration:
+    """The temperature and miss rate of one way of choosing tokens.
+
+    Args:
+        temperature: to start from.
+        miss: likewise, in [0, 1).
+    """
+
+    def __init__(self, temperature: float = DEFAULT_TEMPERATURE, miss: float = DEFAULT_MISS) -> None:
+        self.temperature, self.miss = temperature, miss
+        self._prior = temperature
+        self._missed, self._seen = miss * PRIOR_WEIGHT * 4, PRIOR_WEIGHT * 4
+        self._rows: deque[tuple[torch.Tensor, int]] = deque(maxlen=WINDOW)
+        self._fresh = 0
+        self.observations = 0
+        self._promised, self._kept, self._count = [0.0] * BINS, [0] * BINS, [0] * BINS
+
+    def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """Logs of the probabilities that the target takes each candidate: (T, K) from scores (T, K).
+
+        Tensor code without synchronization; rows without candidates give −∞ or NaN.
+        """
+        return torch.log_softmax(scores / self.temperature, dim=-1) + math.log1p(-self.miss)
+
+    def observe(self, scores: torch.Tensor, logs: Sequence[float], taken: int | None) -> None:
+        """A draft row met the target.
+
+        Args:
+            scores: (K,) of its candidates, as ``log_probabilities`` took them.
+            logs: the probabilities' logs that were promised then.
+            taken: which candidate the target took; None for another token.
+        """
+        self.observations += 1
+        self._seen += 1
+        self._missed += taken is None
+        self.miss = min(self._missed / self._seen, 0.99)
+        for place, log in enumerate(logs):
+            probability = math.exp(log) if log <= 0 else math.nan
+            if not probability > 0:
+                continue
+            found = min(int(probability * BINS), BINS - 1)
+            self._promised[found] += probability
+            self._kept[found] += place == taken
+            self._count[found] += 1
+        if self._seen > WINDOW:  # forget slowly
+            self._seen, self._missed = self._seen / 2, self._missed / 2
+        if taken is not None:
+            self._rows.append((scores, taken))
+            self._fresh += 1
+            if self._fresh >= _REFIT_AFTER:
+                self._refit()
+
+    def learnt(self) -> dict[str, float]:
+        """The values to start from next time."""
+        return {"temperature": self.temperature, "miss": self.miss}
+
+    @property
+    def reliability(self) -> Reliability:
+        """The record so far."""
+        return Reliability(tuple(self._promised), tuple(self._kept), tuple(self._count))
+
+    def _refit(self) -> None:
+        """The likeliest temperature of the rows in the window, the prior counted in: Newton's method on 1/T.
+
+        The log likelihood of β = 1/T is concave: Σ β·s(taken) − log Σ exp(β·s).
+        """
+        self._fresh = 0
+        scores = torch.stack([row for row, _ in self._rows]).double()  # (n, K)
+        scores = torch.where(scores.isfinite(), scores - scores.amax(-1, keepdim=True), -1e4)
+        taken = torch.tensor([place for _, place in self._rows])
+        won = scores.gather(1, taken[:, None])[:, 0]
+        beta, start = 1 / self.temperature, 1 / self._prior
+        for _ in range(4):
+            weights = torch.softmax(beta * scores, dim=-1)
+            mean = (weights * scores).sum(-1)
+            spread = (weights * scores.square()).sum(-1) - mean.square()
+            slope = float((won - mean).sum()) - PRIOR_WEIGHT * (beta - start)
+            curve = float(spread.sum()) + PRIOR_WEIGHT
+            beta = min(max(beta + slope / curve, beta / 2, 1 / _LIMITS[1]), beta * 2, 1 / _LIMITS[0])
+        self.temperature = 1 / beta
+
+
+def calibrations(learnt: dict[str, dict[str, float]]) -> dict[bool, Calibration]:
+    """A calibration for greedy decoding (False) and one for drawing (True), from learnt values.
+
+    Values that make no sense are replaced by the defaults.
+    """
+    found = {}
+    for drawn, name in CALIBRATION_NAMES.items():
+        values = learnt.get(name, {})
+        temperature, miss = values.get("temperature", 0.0), values.get("miss", -1.0)
+        found[drawn] = Calibration(
+            temperature if _LIMITS[0] <= temperature <= _LIMITS[1] else DEFAULT_TEMPERATURE,
+            miss if 0 <= miss < 1 else DEFAULT_MISS,
+        )
+    return found

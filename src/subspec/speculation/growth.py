@@ -1,0 +1,198 @@
+"""Grow a draft tree best node first, before a sweep and in its gaps.
+
+A draft pass forwards the likeliest nodes that were not forwarded yet, wherever in the tree they are, and adds
+their likely children.  The same growth goes on while a sweep verifies a part of the tree: a verified node
+that is forwarded then gets a shadow slot, since the sweep writes exact keys and values into its own.  After
+the walk, ``continue_from`` keeps what was grown below the next root.
+
+The host reads one small table of guesses a pass; what it decides rests on that alone.  Knows nothing of times
+(``policy`` decides how wide and how long) or of where keys and values are kept.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from subspec.models.decoder import Rows
+from subspec.speculation.calibration import CANDIDATES, Calibration
+from subspec.speculation.sampling import Sampler
+from subspec.speculation.tree import DraftTree
+from subspec.speculation.verify import Walk
+
+CHILDREN = 6  # most children of a node
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a draft pass said of a node's next token.
+
+    Attributes:
+        tokens: candidates, best first; ``logs``: of the probabilities that the target takes each.
+        scores: (K,) that the calibration made them from; K may be more than there are candidates.
+        seconds: the node's share of the pass; ``in_gap``: whether it ran in a sweep's gaps.
+    """
+
+    tokens: list[int]
+    logs: list[float]
+    scores: torch.Tensor
+    seconds: float
+    in_gap: bool
+
+
+@dataclass
+class Growth:
+    """A tree under way.
+
+    Attributes:
+        tree: its nodes; the root is drafted like any other.
+        capacity: most slots: nodes and shadows.
+        max_depth: nodes at this depth are not forwarded, their children could not be used.
+        guesses: of the nodes forwarded so far.
+        verified: nodes in the sweep under way; empty while there is none.
+    """
+
+    tree: DraftTree
+    sampler: Sampler
+    calibration: Calibration
+    capacity: int
+    max_depth: int
+    guesses: dict[int, Guess] = field(default_factory=dict)
+    verified: frozenset[int] = frozenset()
+    _forwarded: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._forwarded |= set(self.guesses)
+
+    def scores(self) -> list[float]:
+        """Probabilities of all nodes to be reached, falling: the root's 1 first."""
+        return sorted(map(math.exp, self.tree.scores), reverse=True)
+
+    def frontier(self, most: int) -> tuple[list[int], list[float]]:
+        """The likeliest nodes that were not forwarded, best first, and their probabilities.
+
+        At most ``most``, and no more than have room for themselves and their children.
+        """
+        tree = self.tree
+        room = self.capacity - len(tree) - len(tree.shadows)
+        open_nodes = [
+            node
+            for node in range(len(tree))
+            if node not in self._forwarded and tree.depths[node] < self.max_depth
+        ]
+        open_nodes.sort(key=lambda node: (-tree.scores[node], node))
+        chosen = open_nodes[: min(most, room // (CHILDREN + 1))]
+        return chosen, [math.exp(tree.scores[node]) for node in chosen]
+
+    def forward(self, nodes: list[int]) -> Rows:
+        """The rows of a draft pass over ``nodes``, which from now on count as forwarded."""
+        self._forwarded.update(nodes)
+        for node in nodes:
+            if node in self.verified:
+                shadow = self.tree.base + self.capacity - 1 - len(self.tree.shadows)
+                self.tree.shadows[node] = shadow
+        return self.tree.draft_rows(nodes)
+
+    def take(self, nodes: list[int], logits: torch.Tensor, seconds: float, least_score: float) -> list[float]:
+        """Add the likely children of forwarded nodes.
+
+        Args:
+            nodes: as given to ``forward``.
+            logits: (T, V) of the pass.
+            seconds: that it took.
+            least_score: children less likely to be reached than this are left out, but for the likeliest.
+
+        Returns:
+            For each node the probability of its likeliest child, given the node.
+        """
+        tree = self.tree
+        positions = [tree.base + tree.depths[node] + 1 for node in nodes]
+        paths = [tree.path_tokens(node) for node in nodes]
+        tokens, scores = self.sampler.candidates(logits, positions, paths, CANDIDATES)  # (T, K)
+        logs = self.calibration.log_probabilities(scores)
+        likeliest = []
+        for node, own_tokens, own_logs, own_scores in zip(
+            nodes, tokens.tolist(), logs.tolist(), scores, strict=True
+        ):
+            known = [place for place, log in enumerate(own_logs) if log > -math.inf]  # nor NaN
+            guess = Guess(
+                [own_tokens[i] for i in known],
+                [own_logs[i] for i in known],
+                own_scores,
+                seconds / len(nodes),
+                bool(self.verified),
+            )
+            self.guesses[node] = guess
+            self._add_children(node, guess, least_score)
+            likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
+        return likeliest
+
+    def _add_children(self, node: int, guess: Guess, least_score: float) -> None:
+        """Children that are likely enough; one that is there already gets the better founded score."""
+        tree = self.tree
+        there = {tree.tokens[i]: i for i in range(node + 1, len(tree)) if tree.parents[i] == node}
+        least = math.log(least_score) if least_score > 0 else -math.inf
+        for place, (token, log) in enumerate(zip(guess.tokens[:CHILDREN], guess.logs, strict=False)):
+            score = tree.scores[node] + log
+            if place and score < least:
+                break
+            if token in there:
+                tree.rescore(there.pop(token), score)
+            else:
+                tree.add(token, node, score)
+        unlikely = math.log(max(self.calibration.miss, 1e-6))
+        for child in there.values():  # guessed elsewhere, and not by the draft
+            tree.rescore(child, min(tree.scores[child], tree.scores[node] + unlikely))
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds of the draft passes that made what the tree holds."""
+        return sum(guess.seconds for guess in self.guesses.values())
+
+    def learn(self, walk: Walk) -> tuple[float, float]:
+        """Tell the calibration what the target took.
+
+        Returns:
+            Seconds of draft passes that foresaw committed tokens; of those, what ran in gaps.
+        """
+        used_s = used_in_gaps_s = 0.0
+        for node, token in zip(walk.nodes, walk.tokens, strict=True):
+            guess = self.guesses.get(node)
+            if guess is None:
+                continue
+            taken = guess.tokens.index(token) if token in guess.tokens else None
+            self.calibration.observe(guess.scores, guess.logs, taken)
+            if taken is not None:
+                used_s += guess.seconds
+                used_in_gaps_s += guess.seconds if guess.in_gap else 0.0
+        return used_s, used_in_gaps_s
+
+    def next_root(self, walk: Walk) -> int | None:
+        """The node that is the walk's bonus token, if the tree has it."""
+        return self.tree.children(range(len(self.tree))).get(walk.nodes[-1], {}).get(walk.tokens[-1])
+
+    def usable(self, count: int) -> list[int]:
+        """The root and the ``count`` − 1 likeliest nodes whose tokens there is still room for, in order."""
+        deepest = self.max_depth
+        return [node for node in self.tree.best(count) if self.tree.depths[node] <= deepest]
+
+    def continue_from(self, walk: Walk, top: int | None) -> tuple["Growth", list[int]]:
+        """The growth of the next step.
+
+        Args:
+            walk: what the sweep said.
+            top: the node that is the next root, if the tree has it.
+
+        Returns:
+            It, and the cache slots whose entries must lie at this tree's ``base`` and on for it: the accepted
+            path's, then those of its own nodes.
+        """
+        tree, base = self.tree, self.tree.base + len(walk.tokens)
+        kept = [] if top is None else tree.below(top)
+        if len(kept) > self.capacity // 2:
+            ranked = sorted(kept, key=lambda node: (-tree.scores[node], node))
+            kept = sorted(ranked[: self.capacity // 2])
+        following = tree.rerooted(kept, base) if kept else DraftTree.rooted(walk.tokens[-1], base)
+        guesses = {i: self.guesses[node] for i, node in enumerate(kept) if node in self.guesses}
+        slots = [tree.slot(node) for node in (*walk.nodes, *kept)]
+        return Growth(following, self.sampler, self.calibration, self.capacity, 0, guesses), slots

@@ -1,0 +1,277 @@
+"""Trees that grow as they pay, and in the gaps of a sweep, give plain decoding's tokens, keys and values.
+
+What is decided by time is decided by chance here: which nodes are forwarded and verified, and after how many
+layers of drafting a sweep goes on with its next unit.  Drafts leave NaN wherever they write.
+"""
+
+import random
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from drafters import CERTAIN, Drafter, Run, Silent, always, never, run_plain, sometimes
+from drafters import _run as run_loop
+from tiny import FAMILIES, write_tiny
+
+from subspec import LLM, SamplingParams
+from subspec.engine import Engine
+from subspec.models.decoder import Rows
+from subspec.speculation.adaptive import Speculator
+from subspec.speculation.calibration import calibrations
+from subspec.speculation.growth import Growth
+from subspec.speculation.policy import Policy
+from subspec.speculation.sampling import Sampler
+from subspec.speculation.times import StepTimes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEW_TOKENS = 26
+SAMPLINGS = {
+    "greedy": SamplingParams(NEW_TOKENS),
+    "temperature": SamplingParams(NEW_TOKENS, temperature=0.8, seed=1),
+    "all filters": SamplingParams(
+        NEW_TOKENS, temperature=0.8, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.2, seed=5
+    ),
+}
+TEMPERS = {"always": always, "never": never, "sometimes": sometimes}
+CAPACITY, WIDTH, NODES, DEPTH = 80, 4, 14, 9
+
+
+class ByChance(Policy):
+    """Forwards and verifies at random."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(StepTimes(), width=WIDTH, nodes=NODES, depth=DEPTH)
+        self._random = random.Random(seed)
+
+    def widen(self, frontier: Sequence[float], scores: Sequence[float], drafting_s: float) -> int:
+        return min(self._random.choice((0, 1, 1, 2, 2, 3, WIDTH)), len(frontier))
+
+    def widen_in_gap(self, frontier: Sequence[float]) -> int:
+        return min(self._random.choice((0, 1, 1, 2, 2, WIDTH)), len(frontier))
+
+    def verify(self, scores: Sequence[float], drafting_s: float) -> int:
+        return min(self._random.randint(1, NODES), len(scores))
+
+
+class Gappy(Drafter):
+    """An engine whose drafts come from elsewhere, in pieces, and whose sweeps have gaps where chance says.
+
+    Attributes:
+        filled: pieces of drafting done in gaps.
+    """
+
+    def __init__(
+        self, engine: Engine, text: Sequence[int], temper: Callable[..., torch.Tensor] | None, seed: int
+    ) -> None:
+        super().__init__(engine, text, temper or always, seed)
+        self._own_drafts = temper is None
+        self._chance = random.Random(seed)
+        self._swept: set[int] = set()
+        self.filled = 0
+
+    def target(self, rows: Rows, *, last_only: bool, gap: Callable[[], bool] | None = None) -> torch.Tensor:
+        self._token_in.update(zip(rows.slots.tolist(), rows.tokens, strict=True))
+        if gap is None:
+            return self._engine.target(rows, last_only=last_only)
+        acquire, busy = self._engine._acquire, gap
+
+        def acquire_after_a_gap(unit: object) -> object:
+            for _ in range(self._chance.choice((0, 0, 1, 2, 5, 9))):
+                if not busy():
+                    break
+                self.filled += 1
+            return acquire(unit)  # type: ignore[arg-type]
+
+        self._swept = set(rows.slots.tolist())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self._engine, "_acquire", acquire_after_a_gap)
+            logits = self._engine.target(rows, last_only=last_only)
+        self._swept = set()
+        return logits
+
+    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
+        slots = rows.slots.long()
+        cache = self._engine.cache
+        self._token_in.update(zip(slots.tolist(), rows.tokens, strict=True))
+        if self._own_drafts:
+            steps = self._engine.draft_steps(rows)
+        for layer in range(len(cache.keys)):
+            assert self._swept.isdisjoint(slots.tolist()), "a draft writes where the sweep does"
+            if self._own_drafts:
+                next(steps)
+            for part in (cache.keys, cache.values):
+                part[layer][:, slots] = torch.nan
+            yield
+        if self._own_drafts:
+            with pytest.raises(StopIteration):
+                next(steps)
+        return torch.stack([self._row(rows, index) for index in range(len(rows.tokens))])  # (T, V)
+
+    def move(self, sources: list[int], start: int) -> None:
+        tokens = [self._token_in.get(source) for source in sources]
+        super().move(sources, start)
+        for place, token in enumerate(tokens):
+            if token is not None:
+                self._token_in[start + place] = token
+
+    def counters(self) -> object:
+        return self._engine.counters()
+
+    @property
+    def sweep_bytes(self) -> tuple[int, int]:
+        return self._engine.sweep_bytes
+
+
+def run_adaptive(engine: Engine, prompt: list[int], params: SamplingParams, passes: Gappy, seed: int) -> Run:
+    sampler = Sampler(params, prompt)
+    speculator = Speculator(ByChance(seed), calibrations({}), CAPACITY)
+    return run_loop(engine, passes, prompt, sampler, speculator)  # type: ignore[arg-type]
+
+
+class Subject:
+    """A tiny model that streams, and its plain texts."""
+
+    def __init__(self, directory: Path, family: str) -> None:
+        write_tiny(directory / "model", family, torch.bfloat16, num_hidden_layers=3)
+        self.llm = LLM(
+            directory / "model", "64MiB", store=directory / "store", context=128, depth=DEPTH, width=9
+        )
+        assert self.llm.plan.tree_slots >= CAPACITY
+        generator = random.Random(7)
+        self.prompt = [generator.randrange(self.llm.config.vocab_size) for _ in range(50)]
+        self._plain: dict[str, Run] = {}
+
+    def plain(self, sampling: str) -> Run:
+        if sampling not in self._plain:
+            self._plain[sampling] = run_plain(self.llm.engine, self.prompt, SAMPLINGS[sampling])
+        return self._plain[sampling]
+
+    def passes(self, sampling: str, temper: str | None, seed: int) -> Gappy:
+        text = self.prompt + self.plain(sampling).tokens
+        return Gappy(self.llm.engine, text, TEMPERS[temper] if temper else None, seed)
+
+    def run(self, sampling: str, temper: str | None, seed: int) -> tuple[Run, Gappy]:
+        passes = self.passes(sampling, temper, seed)
+        return run_adaptive(self.llm.engine, self.prompt, SAMPLINGS[sampling], passes, seed), passes
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    made = Subject(tmp_path_factory.mktemp(request.param), request.param)
+    yield made
+    made.llm.close()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("temper", TEMPERS)
+def test_any_growth_with_any_gaps_equals_plain(subject: Subject, temper: str, sampling: str) -> None:
+    filled = accepted = 0
+    for seed in range(6):
+        found, passes = subject.run(sampling, temper, seed)
+        assert found.tokens == subject.plain(sampling).tokens, seed
+        assert found.same(subject.plain(sampling)), f"{seed}: same tokens, other keys or values"
+        filled += passes.filled
+        accepted += sum(found.accepted)
+    assert filled > 50
+    assert (accepted == 0) == (temper == "never")
+
+
+def test_the_engines_own_drafts_in_gaps(subject: Subject) -> None:
+    for sampling in SAMPLINGS:
+        for seed in range(4):
+            found, _ = subject.run(sampling, None, seed)
+            assert found.same(subject.plain(sampling)), (sampling, seed)
+
+
+def test_subtrees_that_survive_are_verified_and_accepted(subject: Subject) -> None:
+    """With a drafter that is always right, what gaps grew is committed without being drafted again."""
+    lengths = [max(subject.run("greedy", "always", seed)[0].accepted) for seed in range(12)]
+    assert max(lengths) >= DEPTH - 1
+    kept = []
+    original = Growth.continue_from
+
+    def counted(self: Growth, *arguments: object) -> tuple[Growth, list[int]]:
+        following, slots = original(self, *arguments)  # type: ignore[arg-type]
+        kept.append(len(following.tree))
+        return following, slots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Growth, "continue_from", counted)
+        for seed in range(4):
+            assert subject.run("greedy", "always", seed)[0].same(subject.plain("greedy"))
+    assert max(kept) > 4
+
+
+def test_a_draft_without_guesses(subject: Subject) -> None:
+    params = SAMPLINGS["greedy"]
+
+    class Mute(Silent):
+        def candidates(
+            self, logits: torch.Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]], count: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = len(logits)
+            return torch.zeros((rows, count), dtype=torch.int64), torch.full((rows, count), -torch.inf)
+
+    speculator = Speculator(ByChance(0), calibrations({}), CAPACITY)
+    passes = subject.passes("greedy", "always", 0)
+    found = run_loop(subject.llm.engine, passes, subject.prompt, Mute(params, subject.prompt), speculator)  # type: ignore[arg-type]
+    assert found.same(subject.plain("greedy"))
+    assert not any(found.accepted)
+
+
+# --- what the tests must be able to notice ------------------------------------------------------------------
+
+
+def without_shadows(patch: pytest.MonkeyPatch) -> None:
+    """A verified node that is drafted in a gap keeps its own slot."""
+
+    def forward(self: Growth, nodes: list[int]) -> Rows:
+        self._forwarded.update(nodes)
+        return self.tree.draft_rows(nodes)
+
+    patch.setattr(Growth, "forward", forward)
+
+
+def moving_the_path_alone(patch: pytest.MonkeyPatch) -> None:
+    """The surviving subtree's keys and values stay where they were."""
+    original = Growth.continue_from
+
+    def continue_from(self: Growth, walk: object, top: int | None) -> tuple[Growth, list[int]]:
+        following, slots = original(self, walk, top)  # type: ignore[arg-type]
+        return following, slots[: len(walk.nodes) - 1]  # type: ignore[attr-defined]
+
+    patch.setattr(Growth, "continue_from", continue_from)
+
+
+def shadows_in_the_tree(patch: pytest.MonkeyPatch) -> None:
+    """Shadows lie where nodes lie."""
+
+    def forward(self: Growth, nodes: list[int]) -> Rows:
+        self._forwarded.update(nodes)
+        for node in nodes:
+            if node in self.verified:
+                self.tree.shadows[node] = self.tree.base + len(self.tree.shadows)
+        return self.tree.draft_rows(nodes)
+
+    patch.setattr(Growth, "forward", forward)
+
+
+@pytest.mark.parametrize("mutant", [without_shadows, moving_the_path_alone, shadows_in_the_tree])
+def test_a_broken_growth_is_noticed(
+    subject: Subject, mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, noticed = subject.plain("greedy"), 0
+    mutant(monkeypatch)
+    for seed in range(6):
+        try:
+            noticed += not subject.run("greedy", "sometimes", seed)[0].same(plain)
+        except (AssertionError, KeyError):
+            noticed += 1
+    assert noticed
+
+
+def test_certainty_is_beyond_noise() -> None:
+    """The tempers are as certain as they claim: no Gumbel noise of a text this long reaches that far."""
+    assert CERTAIN > 40
