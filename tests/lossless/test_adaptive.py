@@ -175,7 +175,7 @@ def test_any_growth_with_any_gaps_equals_plain(subject: Subject, temper: str, sa
         filled += passes.filled
         accepted += sum(found.accepted)
     assert filled > 50
-    assert (accepted == 0) == (temper == "never")
+    assert accepted or temper == "never"  # the text repeats itself now and then: guesses need no draft
 
 
 def test_the_engines_own_drafts_in_gaps(subject: Subject) -> None:

@@ -72,6 +72,9 @@ class FakeLLM:
     def describe(self) -> dict[str, Any]:
         return {"name": self.model}
 
+    def speculation(self) -> dict[str, Any]:
+        return {"agreement": 0.9}
+
     def generate(
         self, prompt: Any, params: Any = None, *, mode: str | None = None, raw: bool = False
     ) -> Result:

@@ -20,7 +20,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         ``tok_s``: the median per mode; ``speedup``: the median of the per-prompt ratios speculative ÷ plain;
         ``speedup_over_raw``: of speculative ÷ raw; ``sweep_ratio``: of the seconds of a sweep, raw ÷ plain;
         ``acceptance_length``: tokens committed per step over all speculative steps; ``link_utilization``:
-        the median per mode; ``identical``: whether all modes gave the same tokens (see ``same_tokens``),
+        the median per mode; ``wasted_draft_share``: of the seconds spent drafting, those whose guesses came to
+        nothing; ``tree_nodes`` and ``verified_nodes``: the mean of a step; ``identical``: whether all modes gave the same tokens (see ``same_tokens``),
         ``None`` if there was nothing to compare.  A figure that the runs do not give is ``None``.
     """
     modes = list(dict.fromkeys(run["mode"] for run in runs))
@@ -38,6 +39,9 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "link_utilization": {
             mode: _median([run["link_utilization"] for run in runs if run["mode"] == mode]) for mode in modes
         },
+        "wasted_draft_share": _wasted_share(speculative),
+        "tree_nodes": _mean([nodes for run in speculative for nodes in run["drafted"]]),
+        "verified_nodes": _mean([nodes for run in speculative for nodes in run["verified"]]),
         "identical": all(same_tokens(*pair) for pair in compared) if compared else None,
     }
 
@@ -127,6 +131,17 @@ def _acceptance_length(runs: Sequence[Run]) -> float | None:
     """Tokens per step over all steps of the runs, not the mean of the runs' means; None without a step."""
     steps = sum(run["steps"] for run in runs)
     return sum(run["acceptance_length"] * run["steps"] for run in runs) / steps if steps else None
+
+
+def _wasted_share(runs: Sequence[Run]) -> float | None:
+    """Wasted seconds ÷ all seconds of drafting; None where nobody counted them, or nothing was drafted."""
+    counted = [run for run in runs if run["wasted_s"] is not None]
+    drafting_s = sum(run["draft_s"] + run["gap_s"] for run in counted)
+    return sum(run["wasted_s"] for run in counted) / drafting_s if drafting_s else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

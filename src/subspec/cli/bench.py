@@ -115,6 +115,7 @@ def _record(
         "settings": asdict(settings),
         "seed": settings.seed,
         "plan": llm.plan.as_dict(),
+        "speculation": llm.speculation(),
         "budget_bytes": llm.plan.budget_bytes,
         "peak_bytes": peak_memory_bytes(),
         "link_bytes_per_s": meter.best_bytes_per_s,

@@ -187,6 +187,10 @@ class LLM:
             "direct_reads": self.engine.store.direct,
         }
 
+    def speculation(self) -> dict[str, Any]:
+        """What speculation has learnt here, as plain data for result files; empty for a fixed tree."""
+        return self.tree.describe() if isinstance(self.tree, Speculator) else {}
+
     def _run(self, ids: list[int], params: SamplingParams, mode: str) -> Iterator[Piece]:
         """Decode one text; keeps ``_cached`` true at every step."""
         self._turn += 1

@@ -13,7 +13,8 @@ Source: SubSpec (Chang et al. 2025, arXiv 2509.18344) for the step; overlapping 
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ from subspec.models.decoder import Rows
 from subspec.speculation.calibration import CALIBRATION_NAMES, Calibration
 from subspec.speculation.commit import Commit
 from subspec.speculation.growth import Growth
+from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
@@ -94,10 +96,32 @@ class Speculator:
 
     def __init__(self, policy: Policy, calibrations: dict[bool, Calibration], capacity: int) -> None:
         self.policy, self.calibrations, self.capacity = policy, calibrations, capacity
+        self._ngrams = NgramRates()
 
     def learnt(self) -> dict[str, dict[str, float]]:
         """What is worth keeping for the next process: ``calibration.calibrations`` reads it."""
         return {CALIBRATION_NAMES[drawn]: one.learnt() for drawn, one in self.calibrations.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What was learnt, as plain data for result files: probabilities and their reliability, and times."""
+        times = self.policy.times
+        return {
+            "calibration": {
+                CALIBRATION_NAMES[drawn]: {
+                    **one.learnt(),
+                    "observations": one.observations,
+                    "error": one.reliability.error,
+                    "reliability": asdict(one.reliability),
+                }
+                for drawn, one in self.calibrations.items()
+            },
+            "draft_s": {str(rows): seconds for rows, seconds in sorted(times.draft.seen.items())},
+            "sweep_base_s": times.sweep.base_s,
+            "sweep_row_s": times.sweep.row_s,
+            "link_s": times.link_s,
+            "agreement": self.policy.agreement,
+            "gap_value": self.policy.gap_value,
+        }
 
     def prefill(self, passes: AdaptivePasses, rows: Rows) -> torch.Tensor:
         """The prompt's sweep: logits (1, V) of the last row; a first look at what sweeps cost."""
@@ -108,19 +132,20 @@ class Speculator:
         return logits
 
     def commits(
-        self, passes: AdaptivePasses, sampler: Sampler, root: int, base: int, remaining: int
+        self, passes: AdaptivePasses, sampler: Sampler, text: list[int], remaining: int
     ) -> Iterator[Commit]:
-        """The steps after a prefill that committed ``root``; the cache holds ``base`` tokens before it."""
+        """The steps after a prefill; the cache holds all of ``text`` but the token that it committed."""
         if remaining <= 0:
             return
+        root, base = text[-1], len(text) - 1
         self.policy.begin()
         if not self.policy.times.draft.seen and remaining > 1:
             self._time_drafts(passes, root, base)
         calibration = self.calibrations[sampler.params.samples]
         growth = Growth(DraftTree.rooted(root, base), sampler, calibration, self.capacity, 0)
-        text = Speculation(self.policy, passes, growth)
+        speculation = Speculation(self.policy, passes, growth, NgramGuesser(self._ngrams, text))
         while remaining > 0:
-            commit = text.step(remaining)
+            commit = speculation.step(remaining)
             remaining -= len(commit.tokens)
             yield commit
 
@@ -139,8 +164,8 @@ class Speculator:
 class Speculation:
     """The steps of one text."""
 
-    def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth) -> None:
-        self._policy, self._passes, self._growth = policy, passes, growth
+    def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth, ngrams: NgramGuesser) -> None:
+        self._policy, self._passes, self._growth, self._ngrams = policy, passes, growth, ngrams
         self._gap_nodes: list[int] = []
         self._gap_pass: Generator[None, None, torch.Tensor] | None = None
         self._gap_pass_s = 0.0
@@ -150,6 +175,7 @@ class Speculation:
         policy, passes, growth = self._policy, self._passes, self._growth
         growth.max_depth = min(policy.depth, remaining - 1)
         start, before = time.perf_counter(), passes.counters()
+        growth.propose(*self._ngrams.chain(growth.max_depth), policy.least_score)
         self._grow(start)
         drafting_s = time.perf_counter() - start
         nodes = growth.usable(policy.verify(growth.scores(), drafting_s))
@@ -164,6 +190,7 @@ class Speculation:
         following, slots = growth.continue_from(walked, top)
         passes.move(slots, growth.tree.base)
         growth.sampler.observe(walked.tokens, following.tree.base)
+        self._ngrams.extend(walked.tokens)
         self._growth = following
         end, after = time.perf_counter(), passes.counters()
         gap_s, wait_s = after.gap_s - before.gap_s, after.wait_s - before.wait_s

@@ -10,10 +10,10 @@ Source: temperature scaling, Guo et al. 2017 (arXiv 1706.04599), section 4.2.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 CALIBRATION_NAMES = {False: "greedy", True: "drawn"}
@@ -22,6 +22,7 @@ DEFAULT_TEMPERATURE = 0.7
 DEFAULT_MISS = 0.02
 WINDOW = 512  # observations that the fit looks at
 PRIOR_WEIGHT = 8.0  # how many observations the starting value is worth
+_NEVER = -1e4  # the score of a candidate that is none
 _REFIT_AFTER = 8  # new observations
 _LIMITS = (0.05, 20.0)  # of the temperature
 BINS = 10  # of the reliability record
@@ -62,8 +63,9 @@ class Calibration:
         self.temperature, self.miss = temperature, miss
         self._prior = temperature
         self._missed, self._seen = miss * PRIOR_WEIGHT * 4, PRIOR_WEIGHT * 4
-        self._rows: deque[tuple[torch.Tensor, int]] = deque(maxlen=WINDOW)
-        self._fresh = 0
+        self._scores = np.full((WINDOW, CANDIDATES), _NEVER)  # a ring; each row's best score is 0
+        self._taken = np.zeros(WINDOW, dtype=np.int64)
+        self._fitted = self._fresh = 0  # rows written to the ring; of them, since the last fit
         self.observations = 0
         self._promised, self._kept, self._count = [0.0] * BINS, [0] * BINS, [0] * BINS
 
@@ -86,18 +88,24 @@ class Calibration:
         self._seen += 1
         self._missed += taken is None
         self.miss = min(self._missed / self._seen, 0.99)
-        for place, log in enumerate(logs):
+        for candidate, log in enumerate(logs):
             probability = math.exp(log) if log <= 0 else math.nan
             if not probability > 0:
                 continue
             found = min(int(probability * BINS), BINS - 1)
             self._promised[found] += probability
-            self._kept[found] += place == taken
+            self._kept[found] += candidate == taken
             self._count[found] += 1
         if self._seen > WINDOW:  # forget slowly
             self._seen, self._missed = self._seen / 2, self._missed / 2
         if taken is not None:
-            self._rows.append((scores, taken))
+            row = scores.double().numpy()[:CANDIDATES]
+            place = self._fitted % WINDOW
+            self._scores[place] = _NEVER
+            usable = np.isfinite(row)
+            self._scores[place, : len(row)] = np.where(usable, row - row[usable].max(), _NEVER)
+            self._taken[place] = taken
+            self._fitted += 1
             self._fresh += 1
             if self._fresh >= _REFIT_AFTER:
                 self._refit()
@@ -114,20 +122,20 @@ class Calibration:
     def _refit(self) -> None:
         """The likeliest temperature of the rows in the window, the prior counted in: Newton's method on 1/T.
 
-        The log likelihood of β = 1/T is concave: Σ β·s(taken) − log Σ exp(β·s).
+        The log likelihood of β = 1/T is concave: Σ β·s(taken) − log Σ exp(β·s); the prior is a bell in log β.
         """
         self._fresh = 0
-        scores = torch.stack([row for row, _ in self._rows]).double()  # (n, K)
-        scores = torch.where(scores.isfinite(), scores - scores.amax(-1, keepdim=True), -1e4)
-        taken = torch.tensor([place for _, place in self._rows])
-        won = scores.gather(1, taken[:, None])[:, 0]
+        count = min(self._fitted, WINDOW)
+        scores = self._scores[:count]  # (n, K)
+        won = scores[np.arange(count), self._taken[:count]]
         beta, start = 1 / self.temperature, 1 / self._prior
         for _ in range(4):
-            weights = torch.softmax(beta * scores, dim=-1)
+            weights = np.exp(beta * scores)
+            weights /= weights.sum(-1, keepdims=True)
             mean = (weights * scores).sum(-1)
-            spread = (weights * scores.square()).sum(-1) - mean.square()
-            slope = float((won - mean).sum()) - PRIOR_WEIGHT * (beta - start)
-            curve = float(spread.sum()) + PRIOR_WEIGHT
+            spread = (weights * scores**2).sum(-1) - mean**2
+            slope = float((won - mean).sum()) - PRIOR_WEIGHT * math.log(beta / start) / beta
+            curve = float(spread.sum()) + PRIOR_WEIGHT / beta**2
             beta = min(max(beta + slope / curve, beta / 2, 1 / _LIMITS[1]), beta * 2, 1 / _LIMITS[0])
         self.temperature = 1 / beta
 

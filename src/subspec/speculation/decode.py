@@ -72,7 +72,7 @@ def decode(
     yield Commit([root], True, 0, 0, 0.0, time.perf_counter() - start)
     remaining = max_new_tokens - 1
     if isinstance(shape, Speculator):
-        yield from shape.commits(cast(AdaptivePasses, passes), sampler, root, base, remaining)
+        yield from shape.commits(cast(AdaptivePasses, passes), sampler, [*prompt, root], remaining)
         return
     while remaining > 0:
         commit = _step(passes, root, base, sampler, shape, remaining)

@@ -10,6 +10,7 @@ The host reads one small table of guesses a pass; what it decides rests on that 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,21 +69,51 @@ class Growth:
         """Probabilities of all nodes to be reached, falling: the root's 1 first."""
         return sorted(map(math.exp, self.tree.scores), reverse=True)
 
-    def frontier(self, most: int) -> tuple[list[int], list[float]]:
-        """The likeliest nodes that were not forwarded, best first, and their probabilities.
+    def propose(self, tokens: Sequence[int], chances: Sequence[float], least_score: float) -> None:
+        """Add a chain of guessed tokens below the root, as far as it is likely enough.
 
-        At most ``most``, and no more than have room for themselves and their children.
+        Args:
+            tokens: one below the other; where the tree has one already, its own score stands.
+            chances: probability of each, given that the one before is right.
+            least_score: the chain ends before a node less likely to be reached than this.
+        """
+        tree, node = self.tree, 0
+        for token, chance in zip(tokens, chances, strict=True):
+            room = self.capacity - len(tree) - len(tree.shadows) - (CHILDREN + 1)
+            known = next(
+                (
+                    i
+                    for i in range(node + 1, len(tree))
+                    if tree.parents[i] == node and tree.tokens[i] == token
+                ),
+                None,
+            )
+            score = tree.scores[node] + math.log(chance)
+            if known is None and (room <= 0 or math.exp(score) < least_score or node in self._forwarded):
+                return
+            node = tree.add(token, node, score) if known is None else known
+
+    def frontier(self, most: int) -> tuple[list[int], list[float]]:
+        """The nodes to forward next, best first, and the probabilities that it matters.
+
+        Those are of reaching the node and no child that is guessed already.  At most ``most`` nodes, and no
+        more than have room for themselves and their children.
         """
         tree = self.tree
         room = self.capacity - len(tree) - len(tree.shadows)
-        open_nodes = [
-            node
+        chances = {
+            node: math.exp(tree.scores[node])
             for node in range(len(tree))
-            if node not in self._forwarded and tree.depths[node] < self.max_depth
-        ]
-        open_nodes.sort(key=lambda node: (-tree.scores[node], node))
-        chosen = open_nodes[: min(most, room // (CHILDREN + 1))]
-        return chosen, [math.exp(tree.scores[node]) for node in chosen]
+            if node not in self._forwarded
+            and (node == 0 or tree.parents[node] in self._forwarded)
+            and tree.depths[node] < self.max_depth
+        }
+        for node in range(1, len(tree)):
+            if tree.parents[node] in chances:
+                chances[tree.parents[node]] -= math.exp(tree.scores[node])
+        chosen = sorted(chances, key=lambda node: (-chances[node], node))
+        chosen = chosen[: min(most, room // (CHILDREN + 1))]
+        return chosen, [max(chances[node], 0.0) for node in chosen]
 
     def forward(self, nodes: list[int]) -> Rows:
         """The rows of a draft pass over ``nodes``, which from now on count as forwarded."""

@@ -1,0 +1,185 @@
+"""What pays, against brute force on a known cost model; and the costs, learnt from noisy times."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspec.speculation.policy import Policy
+from subspec.speculation.times import DraftTimes, StepTimes, SweepTimes
+
+relaxed = settings(deadline=None, max_examples=150)
+seconds = st.floats(0.001, 3.0)
+
+
+def times(draft_s: float, base_s: float, row_s: float, link_s: float, ahead_s: float = 0.0) -> StepTimes:
+    """Known costs: a draft pass of any width, a sweep, the link."""
+    known = StepTimes(link_s=link_s, ahead_s=ahead_s)
+    for rows in (1, 2, 4, 8):
+        known.draft.observe(rows, draft_s)
+    known.sweep.base_s, known.sweep.row_s = base_s, row_s
+    return known
+
+
+def policy(known: StepTimes, rate: float = 0.0, gap_value: float = 0.0) -> Policy:
+    """A policy at a given rate, whose gaps are worth a given share."""
+    made = Policy(known, width=4, nodes=40, depth=30)
+    made.gap_value = gap_value
+    if rate:
+        made.stepped(1, 1 / rate, drafted=True)
+        assert made.rate == pytest.approx(rate)
+    return made
+
+
+falling = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12).map(
+    lambda found: [1.0, *sorted(found, reverse=True)]
+)
+
+
+@relaxed
+@given(falling, seconds, st.floats(0.0, 0.2), st.floats(0.0, 4.0), st.floats(0.1, 30.0))
+def test_the_verified_nodes_bring_most_by_brute_force(
+    scores: list[float], base_s: float, row_s: float, link_s: float, rate: float
+) -> None:
+    known = times(0.03, base_s, row_s, link_s)
+    chosen = policy(known, rate).verify(scores, 0.0)
+
+    def value(count: int) -> float:
+        return sum(scores[:count]) - rate * known.step_s(0.0, count)
+
+    best = max(value(count) for count in range(1, len(scores) + 1))
+    assert value(chosen) == pytest.approx(best, abs=1e-9)
+
+
+@relaxed
+@given(st.floats(0.3, 0.99), st.floats(0.002, 0.2), seconds, st.floats(0.0, 0.05), st.floats(0.0, 4.0))
+def test_a_chain_ends_where_the_best_fixed_depth_does(
+    agreement: float, draft_s: float, base_s: float, row_s: float, link_s: float
+) -> None:
+    """At its own best rate the policy draws the chain that has that rate, to within a level."""
+    known = times(draft_s, base_s, row_s, link_s)
+
+    def rate_of(depth: int) -> float:
+        tokens = sum(agreement**level for level in range(depth + 1))
+        return tokens / known.step_s(depth * draft_s, depth + 1)
+
+    best_rate = max(rate_of(depth) for depth in range(31))
+    chooser = policy(known, best_rate)
+    chooser.agreement = agreement
+    scores = [1.0]
+    for depth in range(30):
+        if not chooser.widen([scores[-1]], scores, depth * draft_s):
+            break
+        scores.append(scores[-1] * agreement)
+    verified = chooser.verify(scores, (len(scores) - 1) * draft_s)
+    tokens = sum(scores[:verified])
+    found = tokens / known.step_s((len(scores) - 1) * draft_s, verified)
+    assert found >= 0.93 * best_rate
+
+
+def test_nothing_is_drafted_where_nothing_pays() -> None:
+    """A sweep as cheap as a draft pass: plain decoding, and a trial now and then."""
+    known = times(draft_s=0.01, base_s=0.009, row_s=0.004, link_s=0.0)
+    chooser = policy(known, 1 / 0.013)
+    chooser.agreement = 0.6
+    tried = []
+    for step in range(400):
+        drafts = chooser.widen([1.0], [1.0], 0.0)
+        tried += [step] if drafts else []
+        chooser.stepped(1, 0.013, drafted=bool(drafts))
+    assert 3 <= len(tried) <= 12
+    assert tried[0] >= 8
+
+
+def test_drafting_costs_nothing_while_it_hides_behind_the_prefetching() -> None:
+    hidden = times(0.05, 0.1, 0.0, link_s=2.0, ahead_s=0.5)
+    exposed = times(0.05, 0.1, 0.0, link_s=2.0, ahead_s=0.0)
+    unlikely = [0.01]
+    assert policy(hidden, 5.0).widen(unlikely, [1.0, 0.01], 0.0) == 1
+    assert policy(exposed, 5.0).widen(unlikely, [1.0, 0.01], 0.0) == 0
+
+
+def test_rows_are_free_behind_the_link_unless_gaps_are_worth_something() -> None:
+    known = times(0.05, 0.1, 0.02, link_s=2.0)
+    scores = [1.0, *[0.05] * 30]
+    assert policy(known, 5.0).verify(scores, 0.0) == 31
+    assert policy(known, 5.0, gap_value=1.0).verify(scores, 0.0) == 1
+
+
+def test_a_gap_takes_the_width_that_brings_most_a_second() -> None:
+    known = StepTimes()
+    for rows, cost in ((1, 0.030), (2, 0.033), (4, 0.060)):
+        known.draft.observe(rows, cost)
+    chooser = policy(known)
+    assert chooser.widen_in_gap([0.9, 0.9, 0.9, 0.9]) == 4
+    assert chooser.widen_in_gap([0.9, 0.2, 0.1, 0.1]) == 2
+    assert chooser.widen_in_gap([0.9, 0.01, 0.0, 0.0]) == 1
+    assert chooser.widen_in_gap([]) == 0
+
+
+def test_rates_forget() -> None:
+    chooser = policy(times(0.03, 0.5, 0.01, 1.0))
+    hoped = chooser.rate
+    assert 0 < hoped < 30
+    for _ in range(40):
+        chooser.stepped(10, 1.0, drafted=True)
+    assert chooser.rate == pytest.approx(10, rel=0.01)
+    for _ in range(40):
+        chooser.stepped(2, 1.0, drafted=True)
+    assert chooser.rate == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize(("base_s", "row_s"), [(0.9, 0.02), (0.1, 0.02), (0.5, 0.0), (0.0, 0.03)])
+def test_a_sweeps_cost_is_learnt_from_noisy_sweeps(base_s: float, row_s: float) -> None:
+    chance, learnt = random.Random(1), SweepTimes()
+    learnt.start(300, base_s + 300 * row_s)
+    for _ in range(60):
+        rows = chance.randint(1, 40)
+        learnt.observe(rows, (base_s + rows * row_s) * chance.uniform(0.97, 1.05))
+    for rows in (4, 20, 40):
+        assert learnt(rows) == pytest.approx(base_s + rows * row_s, rel=0.12, abs=0.01)
+
+
+def test_sweeps_of_one_size_leave_the_slope_alone() -> None:
+    learnt = SweepTimes()
+    learnt.start(300, 3.4)
+    before = learnt.row_s
+    for _ in range(50):
+        learnt.observe(10, 1.0)
+    assert learnt(10) == pytest.approx(1.0, rel=0.1)
+    assert learnt.row_s == pytest.approx(before, rel=0.7)
+
+
+def test_draft_times_lie_between_what_was_seen() -> None:
+    learnt = DraftTimes()
+    assert learnt(3) == 0.0
+    learnt.observe(2, 0.04)
+    learnt.observe(4, 0.08)
+    assert learnt(1) == 0.04
+    assert learnt(3) == pytest.approx(0.06)
+    assert learnt(8) == pytest.approx(0.16)
+    for _ in range(40):
+        learnt.observe(4, 0.05)
+    assert learnt(4) == pytest.approx(0.05, rel=0.02)
+    learnt.observe(4, 50.0)
+    assert learnt(4) < 0.07, "one pass that the machine delayed must not decide"
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.floats(1e-4, 1.0)), min_size=1, max_size=20))
+def test_draft_times_are_always_positive(passes: list[tuple[int, float]]) -> None:
+    learnt = DraftTimes()
+    for rows, cost in passes:
+        learnt.observe(rows, cost)
+    assert all(learnt(rows) > 0 for rows in range(1, 30))
+
+
+def test_a_step_is_the_longer_of_link_and_products() -> None:
+    known = times(0.05, 0.2, 0.01, link_s=1.0, ahead_s=0.1)
+    assert known.step_s(0.0, 10) == pytest.approx(1.0)
+    assert known.step_s(0.05, 10) == pytest.approx(1.0)
+    assert known.step_s(0.3, 10) == pytest.approx(0.3 + 0.9)
+    assert known.step_s(0.0, 200) == pytest.approx(2.2)
+    for drafting_s, rows in itertools.product((0.0, 0.05, 0.5), (1, 50, 200)):
+        assert known.step_s(drafting_s, rows) >= known.sweep(rows) + drafting_s
