@@ -20,8 +20,9 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         ``tok_s``: the median per mode; ``speedup``: the median of the per-prompt ratios speculative ÷ plain;
         ``speedup_over_raw``: of speculative ÷ raw; ``sweep_ratio``: of the seconds of a sweep, raw ÷ plain;
         ``acceptance_length``: tokens committed per step over all speculative steps; ``link_utilization``:
-        the median per mode; ``wasted_draft_share``: of the seconds spent drafting, those whose guesses came to
-        nothing; ``tree_nodes`` and ``verified_nodes``: the mean of a step; ``identical``: whether all modes gave the same tokens (see ``same_tokens``),
+        the median per mode; ``wasted_draft_share``: of the seconds spent drafting, those whose guesses came
+        to nothing; ``tree_nodes`` and ``verified_nodes``: the mean of a step; ``identical``: whether all
+        modes gave the same tokens (see ``same_tokens``),
         ``None`` if there was nothing to compare.  A figure that the runs do not give is ``None``.
     """
     modes = list(dict.fromkeys(run["mode"] for run in runs))
