@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from subspec.memory import hazards
 from subspec.memory.arena import Arena, map_bytes
+from subspec.memory.ring_hazards import noting_use
 from subspec.memory.streamer import Streamer
 from subspec.memory.tiers import MemoryBudget, page_aligned
-from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, RowProduct, Rows
+from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, LayerSource, RowProduct, Rows
 from subspec.models.kv_cache import KVCache
+from subspec.models.kv_ledger import KVLedger, LedgeredLayers
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.models.operations import operations
 from subspec.planning.plan import Plan
@@ -65,6 +68,9 @@ class Engine:
         plan: what to keep where.
         progress: called with (task, done, total) while loading.
         paranoid: verify checksums on every read.
+
+    Attributes:
+        checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
     """
 
     def __init__(
@@ -78,6 +84,9 @@ class Engine:
         self.budget.take("workspace", plan.parts["workspace"])
         self.budget.take("norms_biases", plan.parts["norms_biases"])
         small = store.small_tensors()
+        checked = hazards.wanted()
+        self.checker = hazards.HazardChecker() if checked else None
+        self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
         self.rows = EmbeddingRows(store, small.pop("embedding.crc32"), plan.cache_rows, self._arena)
         self._small = small
         self._matrices = layer_matrices(self.config)
@@ -96,7 +105,8 @@ class Engine:
         self._resident = self._load_resident(slots, progress)
         streamed = [unit.name for unit in [*self._layers, *self._head] if not unit.stays]
         if streamed:
-            self._streamer = Streamer([store.unit(name) for name in streamed], slots, paranoid=paranoid)
+            units = [store.unit(name) for name in streamed]
+            self._streamer = Streamer(units, slots, paranoid=paranoid, checker=self.checker)
 
     # --- the two passes ---
 
@@ -109,9 +119,8 @@ class Engine:
         self._sweeps += 1
         if self._streamer is not None:
             self._streamer.rewind()
-        hidden = self.decoder.forward(
-            _Sweep(self), self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
-        )
+        layers = self._checked(_Sweep(self), rows, exact=True)
+        hidden = self.decoder.forward(layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
         wanted = self._normed(hidden[-1:] if last_only else hidden)
         logits = torch.empty((wanted.shape[0], self.config.vocab_size), dtype=self.store.dtype)
         for chunk, unit in zip(self._chunks, self._head, strict=True):
@@ -122,13 +131,14 @@ class Engine:
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
-        hidden = self.decoder.forward(
-            self._draft_layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
-        )
+        layers = self._checked(self._draft_layers, rows, exact=False)
+        hidden = self.decoder.forward(layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
         return self._draft_head(self._normed(hidden))
 
     def move(self, sources: list[int], start: int) -> None:
         """Move cache slots ``sources`` to ``start`` and on."""
+        if self.ledger is not None:
+            self.ledger.moved(sources, start)
         self.cache.move(sources, start)
 
     def counters(self) -> Counters:
@@ -264,12 +274,19 @@ class Engine:
         else:
             assert self._streamer is not None
             memory, plain = self._streamer.acquire(), self.store.form == "exact"
-        return self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
+        products = self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
+        if self.checker is None or unit.stays:
+            return products
+        return [noting_use(self.checker, memory.data_ptr(), len(memory), one) for one in products]
 
     def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""
         if not unit.stays and self._streamer is not None:
             self._streamer.release()
+
+    def _checked(self, layers: LayerSource, rows: Rows, *, exact: bool) -> LayerSource:
+        """A pass's layers, entered in the ledger if there is one."""
+        return layers if self.ledger is None else LedgeredLayers(layers, self.ledger, rows, exact=exact)
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, (T, C)."""

@@ -226,6 +226,17 @@ def test_doctor_reports_as_text_and_json(tmp_path: Path, monkeypatch: pytest.Mon
     assert findings["kernels"]["level"] in text
 
 
+def test_doctor_tells_of_hazard_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(doctor, "_SHAPES", ((64, 64),))
+    monkeypatch.delenv("SUBSPEC_HAZARDS", raising=False)
+    assert "hazards       not checked" in run("doctor", "--store", str(tmp_path)).stdout
+    monkeypatch.setenv("SUBSPEC_HAZARDS", "1")
+    text = run("doctor", "--store", str(tmp_path)).stdout
+    assert "hazards       checked in every run" in text
+    assert "SUBSPEC_HAZARDS checks the order of every access" in text
+
+
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with TerminalProgress(delay_s=0.0) as progress:
         progress("work", 1, 2)

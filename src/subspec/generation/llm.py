@@ -170,6 +170,7 @@ class LLM:
             "codec": manifest.codec,
             "product": self.engine.product.name,
             "direct_reads": self.engine.store.direct,
+            "hazard_checks": self.engine.checker is not None,
         }
 
     def _run(self, ids: list[int], params: SamplingParams, mode: str) -> Iterator[Piece]:

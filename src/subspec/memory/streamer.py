@@ -18,6 +18,8 @@ import torch
 
 from subspec.errors import StoreError
 from subspec.memory.disk import ImageFile, check_crc32, writable
+from subspec.memory.hazards import HazardChecker
+from subspec.memory.ring_hazards import RingHazards, Unwatched
 
 REQUEST_BYTES = 8 << 20
 THREADS = 2
@@ -42,6 +44,7 @@ class Streamer:
         threads: reader threads.
         request_bytes: size of one read.
         paranoid: verify a unit's checksum every time it is read, not only the first time.
+        checker: is told of every access to the slots and of what orders it.
 
     Checksums are verified by the reader thread that completes a unit.
     """
@@ -54,6 +57,7 @@ class Streamer:
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
         paranoid: bool = False,
+        checker: HazardChecker | None = None,
     ) -> None:
         if not units or not slots:
             raise ValueError(f"{len(units)} units cannot stream through {len(slots)} slots")
@@ -69,7 +73,11 @@ class Streamer:
         self._closed = False
         self.streamed_bytes = 0
         self.wait_s = 0.0
-        self._threads = [threading.Thread(target=self._read_loop, daemon=True) for _ in range(threads)]
+        names = [f"reader {index}" for index in range(threads)]
+        self._watch = Unwatched()
+        if checker is not None:
+            self._watch = RingHazards(checker, [slot.data_ptr() for slot in slots], names)
+        self._threads = [threading.Thread(target=self._read_loop, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
@@ -97,11 +105,14 @@ class Streamer:
             if load not in self._ready:
                 raise self._error or StoreError("the model is closed")
         self.wait_s += time.perf_counter() - start
-        return self.slots[load % len(self.slots)][: self.units[load % len(self.units)].n_bytes]
+        n_bytes = self.units[load % len(self.units)].n_bytes
+        self._watch.acquired(load, n_bytes)
+        return self.slots[load % len(self.slots)][:n_bytes]
 
     def release(self) -> None:
         """Give the acquired slot back to the readers."""
         with self._changed:
+            self._watch.released(self._released)
             self._ready.discard(self._released)
             self._released += 1
             self._changed.notify_all()
@@ -115,6 +126,7 @@ class Streamer:
             while self._in_flight:
                 self._changed.wait()
             sweeps = -(-self._released // len(self.units))
+            self._watch.rewound(sweeps * len(self.units))
             self._begin(sweeps * len(self.units))
             self._changed.notify_all()
 
@@ -132,6 +144,7 @@ class Streamer:
             load, offset, size = request
             unit = self.units[load % len(self.units)]
             try:
+                self._watch.filling(load, offset, size)
                 unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
                 self._finish(load, size)
             except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
@@ -139,6 +152,7 @@ class Streamer:
                     self._error = self._error or error
             finally:
                 with self._changed:
+                    self._watch.idle()
                     self._in_flight -= 1
                     self._changed.notify_all()
 
@@ -146,8 +160,8 @@ class Streamer:
         """(load, offset, bytes) of the next read, once a slot is free for it; None when closed."""
         with self._changed:
             while not self._closed:
-                if self._error is None and self._loading < self._released + len(self.slots):
-                    load, offset = self._loading, self._offset
+                load, offset = self._loading, self._offset
+                if self._error is None and self._is_free(load):
                     n_bytes = self.units[load % len(self.units)].n_bytes
                     size = min(self._request_bytes, n_bytes - offset)
                     self._missing.setdefault(load, n_bytes)
@@ -159,18 +173,28 @@ class Streamer:
                 self._changed.wait()
             return None
 
+    def _is_free(self, load: int) -> bool:
+        """Whether the slot of the next load to read was given back."""
+        if load >= self._released + len(self.slots):
+            return False
+        self._watch.free(load)
+        return True
+
     def _finish(self, load: int, size: int) -> None:
         """Note that ``size`` bytes of a load are there; the thread that completes it makes it ready."""
         with self._changed:
+            self._watch.filled(load)
             self.streamed_bytes += size
             self._missing[load] -= size
             if self._missing[load]:
                 return
             del self._missing[load]
         index = load % len(self.units)
+        self._watch.complete(load, self.units[index].n_bytes)
         if self._paranoid or not self._verified[index]:
             self._verify(index, self._views[load % len(self.slots)])
         with self._changed:
+            self._watch.ready(load)
             self._ready.add(load)
 
     def _verify(self, index: int, view: memoryview) -> None:
