@@ -4,6 +4,7 @@ Builds everything that a plan names, then offers the two passes that decoding is
 sweep of the exact weights through the slot ring, and ``draft``, one pass over the substitutes.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from subspec.memory.arena import Arena, map_bytes
 from subspec.memory.ring_hazards import noting_use
 from subspec.memory.streamer import Streamer
 from subspec.memory.tiers import MemoryBudget, page_aligned
+from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, LayerSource, RowProduct, Rows
 from subspec.models.kv_cache import KVCache
 from subspec.models.kv_ledger import KVLedger, LedgeredLayers
@@ -71,6 +73,7 @@ class Engine:
 
     Attributes:
         checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
+        timeline: where passes and reads are recorded at present; set by ``trace``.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Engine:
         self.budget = MemoryBudget(plan.budget_bytes)
         self._arena = Arena(self.budget)
         self._sweeps = 0
+        self.timeline: Timeline | None = None
         self._streamer: Streamer | None = None
         self.budget.take("workspace", plan.parts["workspace"])
         self.budget.take("norms_biases", plan.parts["norms_biases"])
@@ -117,6 +121,7 @@ class Engine:
             StoreError: the stream broke; the next sweep starts afresh.
         """
         self._sweeps += 1
+        start = time.perf_counter()
         if self._streamer is not None:
             self._streamer.rewind()
         layers = self._checked(_Sweep(self), rows, exact=True)
@@ -127,19 +132,31 @@ class Engine:
             (product,) = self._acquire(unit)
             logits[:, chunk.start : chunk.stop] = product(wanted)
             self._release(unit)
+        if self.timeline is not None:
+            self.timeline.span("sweep", "sweep", start, time.perf_counter(), rows=len(rows.tokens))
         return logits  # (T, V)
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
+        start = time.perf_counter()
         layers = self._checked(self._draft_layers, rows, exact=False)
         hidden = self.decoder.forward(layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
-        return self._draft_head(self._normed(hidden))
+        logits = self._draft_head(self._normed(hidden))
+        if self.timeline is not None:
+            self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows.tokens))
+        return logits  # (T, V)
 
     def move(self, sources: list[int], start: int) -> None:
         """Move cache slots ``sources`` to ``start`` and on."""
         if self.ledger is not None:
             self.ledger.moved(sources, start)
         self.cache.move(sources, start)
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""
+        self.timeline = timeline
+        if self._streamer is not None:
+            self._streamer.timeline = timeline
 
     def counters(self) -> Counters:
         """Totals since the engine was built."""
@@ -274,6 +291,7 @@ class Engine:
         else:
             assert self._streamer is not None
             memory, plain = self._streamer.acquire(), self.store.form == "exact"
+        self._began_s = time.perf_counter()
         products = self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
         if self.checker is None or unit.stays:
             return products
@@ -281,6 +299,9 @@ class Engine:
 
     def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""
+        if self.timeline is not None:
+            end = time.perf_counter()
+            self.timeline.span("sweep", unit.name, self._began_s, end, streamed=not unit.stays)
         if not unit.stays and self._streamer is not None:
             self._streamer.release()
 

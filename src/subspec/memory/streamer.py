@@ -20,6 +20,7 @@ from subspec.errors import StoreError
 from subspec.memory.disk import ImageFile, check_crc32, writable
 from subspec.memory.hazards import HazardChecker
 from subspec.memory.ring_hazards import RingHazards, Unwatched
+from subspec.memory.timeline import Timeline
 
 REQUEST_BYTES = 8 << 20
 THREADS = 2
@@ -45,6 +46,10 @@ class Streamer:
         request_bytes: size of one read.
         paranoid: verify a unit's checksum every time it is read, not only the first time.
         checker: is told of every access to the slots and of what orders it.
+
+    Attributes:
+        streamed_bytes, wait_s: bytes read, and seconds that the consumer waited, since it was made.
+        timeline: gets a span for each read that ends and for each wait, while it is set.
 
     Checksums are verified by the reader thread that completes a unit.
     """
@@ -73,6 +78,7 @@ class Streamer:
         self._closed = False
         self.streamed_bytes = 0
         self.wait_s = 0.0
+        self.timeline: Timeline | None = None
         names = [f"reader {index}" for index in range(threads)]
         self._watch = Unwatched()
         if checker is not None:
@@ -104,10 +110,12 @@ class Streamer:
                 self._changed.wait()
             if load not in self._ready:
                 raise self._error or StoreError("the model is closed")
-        self.wait_s += time.perf_counter() - start
-        n_bytes = self.units[load % len(self.units)].n_bytes
-        self._watch.acquired(load, n_bytes)
-        return self.slots[load % len(self.slots)][:n_bytes]
+        end, unit = time.perf_counter(), self.units[load % len(self.units)]
+        self.wait_s += end - start
+        if self.timeline is not None:
+            self.timeline.span("sweep", "wait", start, end, unit=unit.name)
+        self._watch.acquired(load, unit.n_bytes)
+        return self.slots[load % len(self.slots)][: unit.n_bytes]
 
     def release(self) -> None:
         """Give the acquired slot back to the readers."""
@@ -145,7 +153,11 @@ class Streamer:
             unit = self.units[load % len(self.units)]
             try:
                 self._watch.filling(load, offset, size)
+                start = time.perf_counter()
                 unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
+                if (timeline := self.timeline) is not None:
+                    track, end = f"link: {threading.current_thread().name}", time.perf_counter()
+                    timeline.span(track, unit.name, start, end, offset=offset, bytes=size)
                 self._finish(load, size)
             except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
                 with self._changed:

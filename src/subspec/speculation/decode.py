@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, prefix_rows
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler
@@ -61,6 +62,7 @@ def decode(
     sampler: Sampler,
     shape: TreeShape | None,
     max_new_tokens: int,
+    timeline: Timeline | None = None,
 ) -> Iterator[Commit]:
     """Generate up to ``max_new_tokens`` tokens, a step at a time.
 
@@ -71,6 +73,7 @@ def decode(
         sampler: chooses the target's tokens and ranks the draft's guesses.
         shape: the tree; None decodes plainly.
         max_new_tokens: where to stop; end tokens are the caller's business.
+        timeline: where the steps' parts are recorded.
 
     Yields:
         One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the
@@ -80,17 +83,26 @@ def decode(
     logits = passes.target(prefix_rows(prompt[cached:], cached), last_only=True)
     root, base = sampler.choose(logits[0], len(prompt)), len(prompt)
     sampler.observe([root], base)
-    yield Commit([root], True, 0, 0, 0.0, time.perf_counter() - start)
+    end = time.perf_counter()
+    if timeline is not None:
+        timeline.span("steps", "prefill", start, end, rows=len(prompt) - cached)
+    yield Commit([root], True, 0, 0, 0.0, end - start)
     remaining = max_new_tokens - 1
     while remaining > 0:
-        commit = _step(passes, root, base, sampler, shape, remaining)
+        commit = _step(passes, root, base, sampler, shape, remaining, timeline)
         root, base = commit.tokens[-1], base + len(commit.tokens)
         remaining -= len(commit.tokens)
         yield commit
 
 
 def _step(
-    passes: Passes, root: int, base: int, sampler: Sampler, shape: TreeShape | None, remaining: int
+    passes: Passes,
+    root: int,
+    base: int,
+    sampler: Sampler,
+    shape: TreeShape | None,
+    remaining: int,
+    timeline: Timeline | None,
 ) -> Commit:
     """Draft, verify and commit once; no more than ``remaining`` tokens."""
     start = time.perf_counter()
@@ -103,7 +115,14 @@ def _step(
     drafted = time.perf_counter()
     logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)
     result = walk(tree, nodes, logits, sampler.choose)
+    walked = time.perf_counter()
     passes.move([tree.slot(node) for node in result.nodes], base)
     sampler.observe(result.tokens, base + len(result.tokens))
     end = time.perf_counter()
+    if timeline is not None:
+        timeline.span("steps", "draft", start, drafted, nodes=len(tree))
+        timeline.span("steps", "verify", drafted, walked, nodes=len(nodes))
+        timeline.span("steps", "commit", walked, end, tokens=len(result.tokens))
+        for name, value in ("drafted nodes", len(tree)), ("committed tokens", len(result.tokens)):
+            timeline.counter(name, end, value)
     return Commit(result.tokens, False, len(tree), len(nodes), drafted - start, end - drafted)
