@@ -11,11 +11,23 @@ from dataclasses import dataclass
 
 import torch
 
+from subspec.memory import hazards
 from subspec.memory.arena import Arena, map_bytes
+from subspec.memory.ring_hazards import noting_use
 from subspec.memory.streamer import Streamer
 from subspec.memory.tiers import MemoryBudget, page_aligned
-from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, RowProduct, Rows
+from subspec.memory.timeline import Timeline
+from subspec.models.decoder import (
+    Decoder,
+    LayerNorms,
+    LayerProducts,
+    LayerSource,
+    RowProduct,
+    Rows,
+    finished,
+)
 from subspec.models.kv_cache import KVCache
+from subspec.models.kv_ledger import KVLedger, LedgeredLayers
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.models.operations import operations
 from subspec.planning.plan import Plan
@@ -74,6 +86,10 @@ class Engine:
         plan: what to keep where.
         progress: called with (task, done, total) while loading.
         paranoid: verify checksums on every read.
+
+    Attributes:
+        checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
+        timeline: where passes and reads are recorded at present; set by ``trace``.
     """
 
     def __init__(
@@ -84,11 +100,15 @@ class Engine:
         self._arena = Arena(self.budget)
         self._sweeps = 0
         self._gap: Callable[[], bool] | None = None
-        self._gap_s = 0.0
+        self._gap_s, self._in_gap = 0.0, False
+        self.timeline: Timeline | None = None
         self._streamer: Streamer | None = None
         self.budget.take("workspace", plan.parts["workspace"])
         self.budget.take("norms_biases", plan.parts["norms_biases"])
         small = store.small_tensors()
+        checked = hazards.wanted()
+        self.checker = hazards.HazardChecker() if checked else None
+        self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
         self.rows = EmbeddingRows(store, small.pop("embedding.crc32"), plan.cache_rows, self._arena)
         self._small = small
         self._matrices = layer_matrices(self.config)
@@ -107,7 +127,8 @@ class Engine:
         self._resident = self._load_resident(slots, progress)
         streamed = [unit.name for unit in [*self._layers, *self._head] if not unit.stays]
         if streamed:
-            self._streamer = Streamer([store.unit(name) for name in streamed], slots, paranoid=paranoid)
+            units = [store.unit(name) for name in streamed]
+            self._streamer = Streamer(units, slots, paranoid=paranoid, checker=self.checker)
 
     # --- the two passes ---
 
@@ -125,39 +146,52 @@ class Engine:
         """
         self._sweeps += 1
         self._gap = gap
+        start = time.perf_counter()
         if self._streamer is not None:
             self._streamer.rewind()
-        hidden = self.decoder.forward(
-            _Sweep(self), self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows
-        )
+        layers = self._checked(_Sweep(self), rows, exact=True)
+        hidden = self.decoder.forward(layers, self.rows.lookup(rows.tokens), rows, self.plan.prefill_rows)
         wanted = self._normed(hidden[-1:] if last_only else hidden)
         logits = torch.empty((wanted.shape[0], self.config.vocab_size), dtype=self.store.dtype)
         for chunk, unit in zip(self._chunks, self._head, strict=True):
             (product,) = self._acquire(unit)
             logits[:, chunk.start : chunk.stop] = product(wanted)
             self._release(unit)
+        if self.timeline is not None:
+            self.timeline.span("sweep", "sweep", start, time.perf_counter(), rows=len(rows.tokens))
         return logits  # (T, V)
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
-        hidden = self.rows.lookup(rows.tokens)
-        self.decoder.forward(self._draft_layers, hidden, rows, self.plan.prefill_rows)
-        return self._draft_head(self._normed(hidden))
+        return finished(self.draft_steps(rows))
 
     def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
         """``draft`` in pieces: yields after each layer, returns the logits."""
+        start = time.perf_counter()
         hidden = self.rows.lookup(rows.tokens)
-        yield from self.decoder.steps(self._draft_layers, hidden, rows, self.plan.prefill_rows)
-        return self._draft_head(self._normed(hidden))
+        layers = self._checked(self._draft_layers, rows, exact=False)
+        yield from self.decoder.steps(layers, hidden, rows, self.plan.prefill_rows)
+        logits = self._draft_head(self._normed(hidden))
+        if self.timeline is not None and not self._in_gap:
+            self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows.tokens))
+        return logits  # (T, V)
 
     @property
     def sweep_bytes(self) -> tuple[int, int]:
         """Bytes that a sweep streams, and of those, how many fit the slots."""
         return self.plan.streamed_bytes, self.plan.slots * self.plan.slot_bytes
 
-    def move(self, sources: list[int], start: int) -> None:
-        """Move cache slots ``sources`` to ``start`` and on."""
+    def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
+        """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
+        if self.ledger is not None:
+            self.ledger.moved(sources, start, drafts)
         self.cache.move(sources, start)
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""
+        self.timeline = timeline
+        if self._streamer is not None:
+            self._streamer.timeline = timeline
 
     def counters(self) -> Counters:
         """Totals since the engine was built."""
@@ -292,22 +326,36 @@ class Engine:
             memory, plain = self._resident[unit.name], unit.stays_plain
         else:
             memory, plain = self._next_streamed(), self.store.form == "exact"
-        return self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
+        self._began_s = time.perf_counter()
+        products = self._products.of(memory, plain, unit.tiles, unit.matrices, unit.biases)
+        if self.checker is None or unit.stays:
+            return products
+        return [noting_use(self.checker, memory.data_ptr(), len(memory), one) for one in products]
 
     def _next_streamed(self) -> torch.Tensor:
         """The stream's next unit; until it is there, the gap is filled."""
         assert self._streamer is not None
         if self._gap is not None and not self._streamer.ready():
-            start = time.perf_counter()
+            start, self._in_gap = time.perf_counter(), True
             while self._gap() and not self._streamer.ready():
                 pass
-            self._gap_s += time.perf_counter() - start
+            end, self._in_gap = time.perf_counter(), False
+            self._gap_s += end - start
+            if self.timeline is not None:
+                self.timeline.span("gaps", "drafting", start, end)
         return self._streamer.acquire()
 
     def _release(self, unit: _Unit) -> None:
         """Give a streamed unit's slot back."""
+        if self.timeline is not None:
+            end = time.perf_counter()
+            self.timeline.span("sweep", unit.name, self._began_s, end, streamed=not unit.stays)
         if not unit.stays and self._streamer is not None:
             self._streamer.release()
+
+    def _checked(self, layers: LayerSource, rows: Rows, *, exact: bool) -> LayerSource:
+        """A pass's layers, entered in the ledger if there is one."""
+        return layers if self.ledger is None else LedgeredLayers(layers, self.ledger, rows, exact=exact)
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, (T, C)."""

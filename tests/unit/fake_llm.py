@@ -1,6 +1,7 @@
 """A model that answers from a list of words, with the interface of ``LLM`` and none of its work."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,7 @@ from typing import Any, cast
 from subspec.chat import Chat
 from subspec.generation import LLM
 from subspec.generation.results import Piece, Result, Statistics
+from subspec.memory.timeline import Timeline, recorded
 
 MIB = 1 << 20
 FIGURES: dict[str, Any] = {
@@ -65,6 +67,9 @@ class FakeLLM:
 
     def close(self) -> None:
         self.closed = True
+
+    def traced(self, path: str | Path | None = None) -> AbstractContextManager[Timeline]:
+        return recorded(lambda _: None, path)
 
     def reset(self) -> None:
         self.resets += 1

@@ -92,6 +92,24 @@ def test_generate_hands_every_option_on() -> None:
     assert one.choices["store"] == Path("there")
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_generate_writes_a_trace(tmp_path: Path, form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subspec.cli.generate._record", lambda llm, result: {"text": result.text})
+    trace = tmp_path / "trace.json"
+    run("generate", "model", "Hello", "--trace", str(trace), *form)
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("place", ["missing/trace.json", "."])
+def test_a_trace_that_cannot_be_written_is_an_error_before_the_model_loads(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run("generate", "model", "Hello", "--trace", str(tmp_path / place), status=2)
+    assert not FakeLLM.instances
+    assert "error: the trace" in outcome.output
+    assert "cannot be written" in outcome.output
+
+
 @pytest.mark.parametrize("arguments", [["-"], []])
 def test_generate_reads_standard_input(arguments: list[str]) -> None:
     run("generate", "model", *arguments, stdin="from a pipe\n")
@@ -224,6 +242,17 @@ def test_doctor_reports_as_text_and_json(tmp_path: Path, monkeypatch: pytest.Mon
     text = run("doctor", "--store", str(tmp_path)).stdout
     assert "GB/s" in text
     assert findings["kernels"]["level"] in text
+
+
+def test_doctor_tells_of_hazard_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(doctor, "_SHAPES", ((64, 64),))
+    monkeypatch.delenv("SUBSPEC_HAZARDS", raising=False)
+    assert "hazards       not checked" in run("doctor", "--store", str(tmp_path)).stdout
+    monkeypatch.setenv("SUBSPEC_HAZARDS", "1")
+    text = run("doctor", "--store", str(tmp_path)).stdout
+    assert "hazards       checked in every run" in text
+    assert "SUBSPEC_HAZARDS checks the order of every access" in text
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ class Ring:
         pages: list[int],
         slots: int,
         *,
-        kind: type[Streamer] = Streamer,
+        kind: Callable[..., Streamer] = Streamer,
         seed: int = 0,
         threads: int = 2,
         request_pages: int = 2,

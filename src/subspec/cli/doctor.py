@@ -55,6 +55,7 @@ def examine(store: Path, progress: TerminalProgress) -> dict[str, Any]:
 
     from subspec.bench import machine
     from subspec.kernels.native import cpu_features, kernels
+    from subspec.memory import hazards
     from subspec.memory.tiers import memory_limits
 
     found = kernels()
@@ -68,6 +69,7 @@ def examine(store: Path, progress: TerminalProgress) -> dict[str, Any]:
         },
         "kernels": {"level": found.level, "missing": found.missing},
         "exact_product": _exact_products(progress),
+        "hazard_checks": hazards.wanted(),
         "memory": memory_limits(),
         "disk": _disk(store, progress),
     }
@@ -106,6 +108,8 @@ def _warnings(findings: dict[str, Any]) -> list[str]:
         found.append(f"SUBSPEC_KERNELS={forced} decides on the kernels")
     elif findings["kernels"]["level"] == "reference":
         found.append("no native kernels: everything runs on slow reference functions, and weights stream raw")
+    if findings["hazard_checks"]:
+        found.append("SUBSPEC_HAZARDS checks the order of every access: runs are slower")
     found += [f"{dtype}: {way}" for dtype, way in findings["exact_product"].items() if way.startswith("none")]
     if not disk["direct_reads"]:
         found.append(f"direct reads do not work at {disk['store']}: {disk['direct_reads_failure']}")
@@ -137,6 +141,7 @@ def _print(findings: dict[str, Any]) -> None:
         "features": " ".join(cpu["features"]) or "none of interest",
         "kernels": findings["kernels"]["level"],
         "products": ", ".join(f"{dtype}: {way}" for dtype, way in findings["exact_product"].items()),
+        "hazards": "checked in every run" if findings["hazard_checks"] else "not checked",
         "memory": f"{size(memory['total_bytes'])}, {size(memory['available_bytes'])} available",
         "group limit": size(memory["cgroup_limit_bytes"]),
         "store": f"{disk['store']}, {size(disk['free_bytes'])} free",

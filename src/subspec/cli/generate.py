@@ -1,7 +1,9 @@
 """``subspec generate``: one prompt, one answer, streamed to standard output."""
 
+import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +30,14 @@ Raw = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object: text, tokens and measurements."),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write when reads, layers, drafts and steps happened, for https://ui.perfetto.dev.",
+    ),
 ]
 
 
@@ -57,9 +67,14 @@ def generate(
     stream: options.Stream = None,
     paranoid: options.Paranoid = False,
     store: options.Store = None,
+    trace: Trace = None,
 ) -> None:
     """Answer one prompt.  The text goes to standard output, a line of statistics to standard error."""
+    from subspec.memory.timeline import require_writable
+
     question = _question(prompt, system, raw)
+    if trace is not None:
+        require_writable(trace)
     engine = {
         "memory": memory,
         "context": context,
@@ -83,6 +98,7 @@ def generate(
     with (
         TerminalProgress() as progress,
         options.open_llm(model, progress, **engine, **tree) as llm,
+        contextlib.nullcontext() if trace is None else llm.traced(trace),
     ):
         if as_json:
             print(json.dumps(_record(llm, llm.generate(question, params, raw=raw)), indent=2))

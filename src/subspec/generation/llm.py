@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
 from subspec.memory.tiers import default_budget, parse_size
+from subspec.memory.timeline import Timeline, recorded
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.adaptive import Speculator
@@ -151,6 +153,20 @@ class LLM:
             )
         return self._run(ids, params, chosen)
 
+    def traced(self, path: str | Path | None = None) -> AbstractContextManager[Timeline]:
+        """Record what happens within ``with llm.traced("trace.json"):``, then write it for a trace viewer.
+
+        Args:
+            path: a file, written when the block ends, also by an error; None: the ``Timeline`` that the block
+                is given has ``export_chrome_trace(path)``.
+
+        Raises:
+            OptionError: the file cannot be written (found out before the block), or a trace is under way.
+        """
+        if self.engine.timeline is not None:
+            raise OptionError("a trace is under way already: end it before another one is begun")
+        return recorded(self.engine.trace, path)
+
     def reset(self) -> None:
         """Forget the kept keys and values."""
         self._cached = []
@@ -185,6 +201,7 @@ class LLM:
             "codec": manifest.codec,
             "product": self.engine.product.name,
             "direct_reads": self.engine.store.direct,
+            "hazard_checks": self.engine.checker is not None,
         }
 
     def speculation(self) -> dict[str, Any]:
@@ -202,7 +219,7 @@ class LLM:
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = _Clock(self.engine, mode, reused)
-        for commit in decode(self.engine, ids, reused, sampler, shape, limit):
+        for commit in decode(self.engine, ids, reused, sampler, shape, limit, self.engine.timeline):
             known = ids + answer.token_ids + commit.tokens
             text, tokens = answer.take(commit.tokens)
             self._cached = known[:-1][: len(ids) + len(answer.token_ids)]

@@ -18,6 +18,9 @@ import torch
 
 from subspec.errors import StoreError
 from subspec.memory.disk import ImageFile, check_crc32, writable
+from subspec.memory.hazards import HazardChecker
+from subspec.memory.ring_hazards import RingHazards, Unwatched
+from subspec.memory.timeline import Timeline
 
 REQUEST_BYTES = 8 << 20
 THREADS = 2
@@ -42,6 +45,11 @@ class Streamer:
         threads: reader threads.
         request_bytes: size of one read.
         paranoid: verify a unit's checksum every time it is read, not only the first time.
+        checker: is told of every access to the slots and of what orders it.
+
+    Attributes:
+        streamed_bytes, wait_s: bytes read, and seconds that the consumer waited, since it was made.
+        timeline: gets a span for each read that ends and for each wait, while it is set.
 
     Checksums are verified by the reader thread that completes a unit.
     """
@@ -54,6 +62,7 @@ class Streamer:
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
         paranoid: bool = False,
+        checker: HazardChecker | None = None,
     ) -> None:
         if not units or not slots:
             raise ValueError(f"{len(units)} units cannot stream through {len(slots)} slots")
@@ -71,7 +80,12 @@ class Streamer:
         self.wait_s = 0.0  # that `acquire` blocked
         self.busy_s = 0.0  # that at least one read was under way
         self._busy_since = 0.0
-        self._threads = [threading.Thread(target=self._read_loop, daemon=True) for _ in range(threads)]
+        self.timeline: Timeline | None = None
+        names = [f"reader {index}" for index in range(threads)]
+        self._watch = Unwatched()
+        if checker is not None:
+            self._watch = RingHazards(checker, [slot.data_ptr() for slot in slots], names)
+        self._threads = [threading.Thread(target=self._read_loop, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
@@ -98,8 +112,12 @@ class Streamer:
                 self._changed.wait()
             if load not in self._ready:
                 raise self._error or StoreError("the model is closed")
-        self.wait_s += time.perf_counter() - start
-        return self.slots[load % len(self.slots)][: self.units[load % len(self.units)].n_bytes]
+        end, unit = time.perf_counter(), self.units[load % len(self.units)]
+        self.wait_s += end - start
+        if self.timeline is not None:
+            self.timeline.span("sweep", "wait", start, end, unit=unit.name)
+        self._watch.acquired(load, unit.n_bytes)
+        return self.slots[load % len(self.slots)][: unit.n_bytes]
 
     def ready(self) -> bool:
         """Whether ``acquire`` would return, or raise, at once."""
@@ -109,6 +127,7 @@ class Streamer:
     def release(self) -> None:
         """Give the acquired slot back to the readers."""
         with self._changed:
+            self._watch.released(self._released)
             self._ready.discard(self._released)
             self._released += 1
             self._changed.notify_all()
@@ -122,6 +141,7 @@ class Streamer:
             while self._in_flight:
                 self._changed.wait()
             sweeps = -(-self._released // len(self.units))
+            self._watch.rewound(sweeps * len(self.units))
             self._begin(sweeps * len(self.units))
             self._changed.notify_all()
 
@@ -139,13 +159,19 @@ class Streamer:
             load, offset, size = request
             unit = self.units[load % len(self.units)]
             try:
+                self._watch.filling(load, offset, size)
+                start = time.perf_counter()
                 unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
+                if (timeline := self.timeline) is not None:
+                    track, end = f"link: {threading.current_thread().name}", time.perf_counter()
+                    timeline.span(track, unit.name, start, end, offset=offset, bytes=size)
                 self._finish(load, size)
             except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
                 with self._changed:
                     self._error = self._error or error
             finally:
                 with self._changed:
+                    self._watch.idle()
                     self._in_flight -= 1
                     if not self._in_flight:
                         self.busy_s += time.perf_counter() - self._busy_since
@@ -155,8 +181,8 @@ class Streamer:
         """(load, offset, bytes) of the next read, once a slot is free for it; None when closed."""
         with self._changed:
             while not self._closed:
-                if self._error is None and self._loading < self._released + len(self.slots):
-                    load, offset = self._loading, self._offset
+                load, offset = self._loading, self._offset
+                if self._error is None and self._is_free(load):
                     n_bytes = self.units[load % len(self.units)].n_bytes
                     size = min(self._request_bytes, n_bytes - offset)
                     self._missing.setdefault(load, n_bytes)
@@ -170,18 +196,28 @@ class Streamer:
                 self._changed.wait()
             return None
 
+    def _is_free(self, load: int) -> bool:
+        """Whether the slot of the next load to read was given back."""
+        if load >= self._released + len(self.slots):
+            return False
+        self._watch.free(load)
+        return True
+
     def _finish(self, load: int, size: int) -> None:
         """Note that ``size`` bytes of a load are there; the thread that completes it makes it ready."""
         with self._changed:
+            self._watch.filled(load)
             self.streamed_bytes += size
             self._missing[load] -= size
             if self._missing[load]:
                 return
             del self._missing[load]
         index = load % len(self.units)
+        self._watch.complete(load, self.units[index].n_bytes)
         if self._paranoid or not self._verified[index]:
             self._verify(index, self._views[load % len(self.slots)])
         with self._changed:
+            self._watch.ready(load)
             self._ready.add(load)
 
     def _verify(self, index: int, view: memoryview) -> None:

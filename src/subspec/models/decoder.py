@@ -5,7 +5,7 @@ long the prompt is; within a layer, rows go in chunks that bound the workspace. 
 weights come from.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +92,15 @@ def prefix_rows(tokens: list[int], start: int) -> Rows:
     )
 
 
+def finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    """Run a pass that yields after each layer to its end: what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
 class Decoder:
     """The layers' arithmetic around a KV cache.
 
@@ -115,9 +124,7 @@ class Decoder:
             pass
         return hidden
 
-    def steps(
-        self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int
-    ) -> Iterator[None]:
+    def steps(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> Iterator[None]:
         """Run all layers over ``rows``, yielding after each one.
 
         Args:

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
-from subspec.models.decoder import Rows
+from subspec.memory.timeline import Timeline
+from subspec.models.decoder import Rows, finished
 from subspec.speculation.calibration import CALIBRATION_NAMES, Calibration
-from subspec.speculation.commit import Commit
+from subspec.speculation.commit import Commit, record_step
 from subspec.speculation.growth import Growth
 from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.policy import Policy
@@ -71,8 +72,8 @@ class AdaptivePasses(Protocol):
         """One pass over substitutes: yields after each layer, returns logits (T, V)."""
         ...
 
-    def move(self, sources: list[int], start: int) -> None:
-        """Move cache slots ``sources`` to ``start`` and on."""
+    def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
+        """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
         ...
 
     def counters(self) -> LinkClock:
@@ -132,7 +133,12 @@ class Speculator:
         return logits
 
     def commits(
-        self, passes: AdaptivePasses, sampler: Sampler, text: list[int], remaining: int
+        self,
+        passes: AdaptivePasses,
+        sampler: Sampler,
+        text: list[int],
+        remaining: int,
+        timeline: Timeline | None,
     ) -> Iterator[Commit]:
         """The steps after a prefill; the cache holds all of ``text`` but the token that it committed."""
         if remaining <= 0:
@@ -145,7 +151,7 @@ class Speculator:
         growth = Growth(DraftTree.rooted(root, base), sampler, calibration, self.capacity, 0)
         speculation = Speculation(self.policy, passes, growth, NgramGuesser(self._ngrams, text))
         while remaining > 0:
-            commit = speculation.step(remaining)
+            commit = speculation.step(remaining, timeline)
             remaining -= len(commit.tokens)
             yield commit
 
@@ -157,7 +163,7 @@ class Speculator:
             tree = DraftTree.rooted(root, base)
             nodes = [0, *(tree.add(root, 0, 0.0) for _ in range(rows - 1))]
             start = time.perf_counter()
-            _finished(passes.draft_steps(tree.rows(nodes)))
+            finished(passes.draft_steps(tree.rows(nodes)))
             self.policy.times.draft.observe(rows, time.perf_counter() - start)
 
 
@@ -170,7 +176,7 @@ class Speculation:
         self._gap_pass: Generator[None, None, torch.Tensor] | None = None
         self._gap_pass_s = 0.0
 
-    def step(self, remaining: int) -> Commit:
+    def step(self, remaining: int, timeline: Timeline | None) -> Commit:
         """Draft, verify and commit once: at least one token, no more than ``remaining``."""
         policy, passes, growth = self._policy, self._passes, self._growth
         growth.max_depth = min(policy.depth, remaining - 1)
@@ -188,7 +194,8 @@ class Speculation:
         self._end_gap_pass(top)
         used_s, used_in_gaps_s = growth.learn(walked)
         following, slots = growth.continue_from(walked, top)
-        passes.move(slots, growth.tree.base)
+        walked_s = time.perf_counter()
+        passes.move(slots, growth.tree.base, len(following.tree) if top is not None else 0)
         growth.sampler.observe(walked.tokens, following.tree.base)
         self._ngrams.extend(walked.tokens)
         self._growth = following
@@ -200,7 +207,10 @@ class Speculation:
         policy.stepped(len(walked.tokens), end - start, len(nodes) > 1)
         wasted_s = max(growth.spent_s - following.spent_s - used_s, 0.0)
         verify_s = end - start - drafting_s
-        return Commit(walked.tokens, False, drafted, len(nodes), drafting_s, verify_s, gap_s, wasted_s)
+        commit = Commit(walked.tokens, False, drafted, len(nodes), drafting_s, verify_s, gap_s, wasted_s)
+        if timeline is not None:
+            record_step(timeline, commit, start, walked_s, end)
+        return commit
 
     def _grow(self, start: float) -> None:
         """Draft before the sweep, as long as it pays."""
@@ -213,7 +223,7 @@ class Speculation:
                 return
             nodes = open_nodes[:count]
             begun = time.perf_counter()
-            logits = _finished(self._passes.draft_steps(growth.forward(nodes)))
+            logits = finished(self._passes.draft_steps(growth.forward(nodes)))
             self._take(nodes, logits, time.perf_counter() - begun)
 
     def _advance(self) -> bool:
@@ -250,7 +260,7 @@ class Speculation:
         if set(self._gap_nodes).isdisjoint(self._growth.tree.below(top)):
             return
         start = time.perf_counter()
-        logits = _finished(unfinished)
+        logits = finished(unfinished)
         self._take(self._gap_nodes, logits, self._gap_pass_s + time.perf_counter() - start)
 
     def _take(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
@@ -265,12 +275,3 @@ class Speculation:
             per_byte = totals.link_s / totals.streamed_bytes
             streamed, ahead = self._passes.sweep_bytes
             self._policy.times.observe_link(streamed * per_byte, ahead * per_byte)
-
-
-def _finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
-    """Run a pass to its end: its logits."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]

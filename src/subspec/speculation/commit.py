@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from subspec.memory.timeline import Timeline
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -25,3 +27,13 @@ class Commit:
     verify_s: float
     gap_s: float = 0.0
     wasted_s: float | None = None
+
+
+def record_step(timeline: Timeline, commit: Commit, start_s: float, walked_s: float, end_s: float) -> None:
+    """Put a step's parts on a timeline: it began at ``start_s``, its walk ended at ``walked_s``."""
+    drafted_s = start_s + commit.draft_s
+    timeline.span("steps", "draft", start_s, drafted_s, nodes=commit.drafted)
+    timeline.span("steps", "verify", drafted_s, walked_s, nodes=commit.verified)
+    timeline.span("steps", "commit", walked_s, end_s, tokens=len(commit.tokens))
+    for name, value in ("drafted nodes", commit.drafted), ("committed tokens", len(commit.tokens)):
+        timeline.counter(name, end_s, value)

@@ -11,9 +11,10 @@ from typing import Protocol, cast
 
 import torch
 
+from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, prefix_rows
 from subspec.speculation.adaptive import AdaptivePasses, Speculator
-from subspec.speculation.commit import Commit
+from subspec.speculation.commit import Commit, record_step
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
@@ -45,6 +46,7 @@ def decode(
     sampler: Sampler,
     shape: TreeShape | Speculator | None,
     max_new_tokens: int,
+    timeline: Timeline | None = None,
 ) -> Iterator[Commit]:
     """Generate up to ``max_new_tokens`` tokens, a step at a time.
 
@@ -56,6 +58,7 @@ def decode(
         sampler: chooses the target's tokens and ranks the draft's guesses.
         shape: a fixed tree, or what finds out how much of one pays; None decodes plainly.
         max_new_tokens: where to stop; end tokens are the caller's business.
+        timeline: where the steps' parts are recorded.
 
     Yields:
         One ``Commit`` a step, the prefill's first.  The caller may stop at any of them.  After a commit the
@@ -69,20 +72,29 @@ def decode(
         logits = passes.target(rows, last_only=True)
     root, base = sampler.choose(logits[0], len(prompt)), len(prompt)
     sampler.observe([root], base)
-    yield Commit([root], True, 0, 0, 0.0, time.perf_counter() - start)
+    end = time.perf_counter()
+    if timeline is not None:
+        timeline.span("steps", "prefill", start, end, rows=len(prompt) - cached)
+    yield Commit([root], True, 0, 0, 0.0, end - start)
     remaining = max_new_tokens - 1
     if isinstance(shape, Speculator):
-        yield from shape.commits(cast(AdaptivePasses, passes), sampler, [*prompt, root], remaining)
+        yield from shape.commits(cast(AdaptivePasses, passes), sampler, [*prompt, root], remaining, timeline)
         return
     while remaining > 0:
-        commit = _step(passes, root, base, sampler, shape, remaining)
+        commit = _step(passes, root, base, sampler, shape, remaining, timeline)
         root, base = commit.tokens[-1], base + len(commit.tokens)
         remaining -= len(commit.tokens)
         yield commit
 
 
 def _step(
-    passes: Passes, root: int, base: int, sampler: Sampler, shape: TreeShape | None, remaining: int
+    passes: Passes,
+    root: int,
+    base: int,
+    sampler: Sampler,
+    shape: TreeShape | None,
+    remaining: int,
+    timeline: Timeline | None,
 ) -> Commit:
     """Draft, verify and commit once; no more than ``remaining`` tokens."""
     start = time.perf_counter()
@@ -95,7 +107,11 @@ def _step(
     drafted = time.perf_counter()
     logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)
     result = walk(tree, nodes, logits, sampler.choose)
+    walked = time.perf_counter()
     passes.move([tree.slot(node) for node in result.nodes], base)
     sampler.observe(result.tokens, base + len(result.tokens))
     end = time.perf_counter()
-    return Commit(result.tokens, False, len(tree), len(nodes), drafted - start, end - drafted)
+    commit = Commit(result.tokens, False, len(tree), len(nodes), drafted - start, end - drafted)
+    if timeline is not None:
+        record_step(timeline, commit, start, walked, end)
+    return commit
