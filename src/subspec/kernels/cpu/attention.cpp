@@ -10,7 +10,7 @@ namespace {
 
 constexpr int KEYS = 64;                   // keys of a block
 constexpr int OUT_VECS = 4;                // vectors of one output tile
-constexpr int OUT_HEADS = TILE_COLUMNS;    // heads of one output tile
+constexpr int OUT_HEADS = LANES == 8 ? 2 : TILE_COLUMNS;  // heads of one output tile
 constexpr int64_t STATE_FLOATS = 1 << 15;  // bound on the queries held by one task
 constexpr int64_t MAX_TASK_ROWS = 32;
 constexpr int64_t SERIAL_PRODUCTS = 1 << 17;  // less work than this is not worth waking threads for

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -38,7 +39,7 @@ constexpr int TILE_COLUMNS = 6;  // 4 x 6 accumulators of 32 registers
 typedef __m512 Vec;
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
-constexpr int TILE_COLUMNS = 2;
+constexpr int TILE_COLUMNS = 3;  // 4 x 3 accumulators of 16 registers
 typedef __m256 Vec;
 #else
 constexpr int LANES = 4;
@@ -341,6 +342,12 @@ struct Paired {  // both in bf16, for the processor's own instruction, which add
 };
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+}  // namespace
+#include "tile_avx2.h"
+namespace {
+#endif
+
 // out[c][r] = sum over k of rows[r][k] * x[c][k]: one accumulator per output steps through k by STEP, its lanes
 // are summed last.  `ahead` names `ahead_count` rows of the same length that will be wanted next.
 template <class Form, int COLUMNS>
@@ -349,12 +356,20 @@ inline __attribute__((noinline)) void dot_tile(const typename Form::Weight* cons
                                                const typename Form::Weight* const* ahead, int ahead_count,
                                                float out[][TILE_ROWS]) {
     typedef typename Form::Weight Weight;
-    Vec acc[COLUMNS][TILE_ROWS] = {};
     const int64_t whole = length / STEP * STEP;
     const Weight* const fixed[TILE_ROWS] = {rows[0], rows[1], rows[2], rows[3]};
-    for (int64_t k = 0; k < whole; k += STEP) {
-        for (int i = 0; i < ahead_count; i++) __builtin_prefetch(ahead[i] + k);
-        Form::template step<COLUMNS>(fixed, k, x + k, stride, acc);
+    Vec acc[COLUMNS][TILE_ROWS];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (COLUMNS == TILE_COLUMNS && whole > 0) {
+        largest_tile(fixed, x, stride, whole, ahead, ahead_count, reinterpret_cast<float*>(acc));
+    } else
+#endif
+    {
+        memset(acc, 0, sizeof acc);
+        for (int64_t k = 0; k < whole; k += STEP) {
+            for (int i = 0; i < ahead_count; i++) __builtin_prefetch(ahead[i] + k);
+            Form::template step<COLUMNS>(fixed, k, x + k, stride, acc);
+        }
     }
     if (whole < length) {
         Weight tail[TILE_ROWS][STEP] = {};
