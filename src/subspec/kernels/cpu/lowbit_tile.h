@@ -87,67 +87,106 @@ static void stripe_product(const uint8_t* tiles, int64_t stripe_bytes, const Act
 
 #elif defined(__AVX2__)
 
-constexpr int kMaxRows = 4;
+constexpr int kMaxRows = 8;
 constexpr int kMaxStripes = 1;
+
+// A sum of products in each of eight int32 lanes.  Without an instruction that adds up four products at once, the sum is
+// of int16 in twos until `widened`: they hold 16 products of at most 15 * 127.
+#if defined(__AVXVNNI__) && !defined(LOWBIT_DPBUSD)
+#define LOWBIT_DPBUSD _mm256_dpbusd_avx_epi32
+#endif
+#if defined(LOWBIT_DPBUSD)
+LOWBIT_INLINE __m256i sum_products(__m256i sum, __m256i codes, __m256i x) { return LOWBIT_DPBUSD(sum, codes, x); }
+LOWBIT_INLINE __m256i widened(__m256i sum) { return sum; }
+#else
+LOWBIT_INLINE __m256i sum_products(__m256i sum, __m256i codes, __m256i x) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+}
+LOWBIT_INLINE __m256i widened(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+#endif
 
 LOWBIT_INLINE __m256 eight_bfloat16(const void* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
 }
 
-// Add products of unsigned and signed bytes, in twos, as int16: it holds 16 products of at most 15 * 127.
-LOWBIT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+// Two lines of a tile: [columns, in fours][output rows, in eights].  They stay in registers while the rows of x pass by;
+// more lines would not fit, and with one half of the output rows each load of x would serve one product only.
+LOWBIT_INLINE void unpack_lines(const uint8_t* lines, __m256i codes[4][2]) {
+  const __m256i low_nibbles = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int t = 0; t < 2; t++)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      __m256i both = _mm256_loadu_si256((const __m256i*)(lines + t * 64 + half * 32));
+      codes[2 * t][half] = _mm256_and_si256(both, low_nibbles);
+      codes[2 * t + 1][half] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
+    }
 }
 
+LOWBIT_INLINE void add_lines(const __m256i codes[4][2], const int32_t* x, __m256i sum[2]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m256i four = _mm256_set1_epi32(x[i]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      sum[half] = sum_products(sum[half], codes[i][half], four);
+      asm("" : "+x"(sum[half])); // or the compiler makes a tree of the sum, for which it has no registers
+    }
+  }
+}
+
+// Sums over half a tile's columns, added to `whole` [row][half].
+template <int rows, bool first> LOWBIT_INLINE void add_half_tile(const uint8_t* lines, const int32_t* x, __m256i whole[rows][2]) {
+  __m256i codes[4][2], sum[rows][2];
+  unpack_lines(lines, codes);
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    sum[m][0] = sum[m][1] = _mm256_setzero_si256();
+    add_lines(codes, x + m * 16, sum[m]);
+  }
+  unpack_lines(lines + 128, codes);
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    add_lines(codes, x + m * 16 + 4, sum[m]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++)
+      whole[m][half] = first ? widened(sum[m][half]) : _mm256_add_epi32(whole[m][half], widened(sum[m][half]));
+  }
+}
+
+// Not inlined: among other code the compiler finds fewer registers for it.
 template <int rows, int stripes>
-static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t ahead, float* out) {
-  const __m256i low_nibbles = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+__attribute__((noinline)) static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t ahead, float* out) {
   __m256 acc[rows][2];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
   for (int64_t g = 0; g < x.groups; g++) {
     const uint8_t* tile = tiles + g * kTileBytes;
     const int32_t* codes = (const int32_t*)(x.codes + g * rows * kGroup);
-#pragma GCC unroll 8
-    for (int half = 0; half < 2; half++) { // eight output rows at a time
-      __m256i whole[rows];
-#pragma GCC unroll 4
-      for (int m = 0; m < rows; m++) whole[m] = _mm256_setzero_si256();
+#pragma GCC unroll 9
+    for (int64_t line = 0; line < kTileBytes; line += 64) _mm_prefetch((const char*)tile + line + ahead, _MM_HINT_T0);
+    __m256i whole[rows][2];
+    add_half_tile<rows, true>(tile, codes, whole);
+    add_half_tile<rows, false>(tile + 256, codes + 8, whole);
+    __m256 scale[2], base[2];
 #pragma GCC unroll 2
-      for (int part = 0; part < 8; part += 4) {
-        __m256i sum[rows];
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) sum[m] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int t = part; t < part + 4; t++) {
-          const uint8_t* line = tile + t * 64 + half * 32;
-          if (half == 0) _mm_prefetch((const char*)line + ahead, _MM_HINT_T0);
-          __m256i both = _mm256_loadu_si256((const __m256i*)line);
-          __m256i low = _mm256_and_si256(both, low_nibbles);
-          __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
-#pragma GCC unroll 4
-          for (int m = 0; m < rows; m++) {
-            __m256i first = _mm256_set1_epi32(codes[m * 16 + 2 * t]), second = _mm256_set1_epi32(codes[m * 16 + 2 * t + 1]);
-            sum[m] = add_products(add_products(sum[m], low, first), high, second);
-          }
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) whole[m] = _mm256_add_epi32(whole[m], _mm256_madd_epi16(sum[m], ones));
-      }
-      __m256 scale = eight_bfloat16(tile + kCodeBytes + half * 16);
-      __m256 base = _mm256_sub_ps(eight_bfloat16(tile + kCodeBytes + 32 + half * 16),
-                                  _mm256_mul_ps(scale, _mm256_set1_ps(8.0f)));
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        __m256 step = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[g * rows + m]));
-        acc[m][half] = _mm256_fmadd_ps(step, _mm256_cvtepi32_ps(whole[m]), acc[m][half]);
-        acc[m][half] = _mm256_fmadd_ps(base, _mm256_set1_ps(x.sums[g * rows + m]), acc[m][half]);
-      }
+    for (int half = 0; half < 2; half++) {
+      const uint8_t* ends = tile + kCodeBytes + half * 16;
+      scale[half] = eight_bfloat16(ends);
+      base[half] = _mm256_sub_ps(eight_bfloat16(ends + 32), _mm256_mul_ps(scale[half], _mm256_set1_ps(8.0f)));
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        __m256 step = _mm256_mul_ps(scale[half], _mm256_set1_ps(x.scales[g * rows + m]));
+        acc[m][half] = _mm256_fmadd_ps(step, _mm256_cvtepi32_ps(whole[m][half]), acc[m][half]);
+        acc[m][half] = _mm256_fmadd_ps(base[half], _mm256_set1_ps(x.sums[g * rows + m]), acc[m][half]);
+      }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int half = 0; half < 2; half++) _mm256_storeu_ps(out + m * 16 + half * 8, acc[m][half]);
 }
 

@@ -95,7 +95,7 @@ void multiply(int rows, const uint8_t* tiles, int64_t stripe_bytes, const Activa
     case 2: return stripe_product<2, stripes>(tiles, stripe_bytes, x, ahead, out);
     case 3: return stripe_product<3, stripes>(tiles, stripe_bytes, x, ahead, out);
     case 4: return stripe_product<4, stripes>(tiles, stripe_bytes, x, ahead, out);
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
     case 5: return stripe_product<5, stripes>(tiles, stripe_bytes, x, ahead, out);
     case 6: return stripe_product<6, stripes>(tiles, stripe_bytes, x, ahead, out);
     case 7: return stripe_product<7, stripes>(tiles, stripe_bytes, x, ahead, out);
