@@ -133,6 +133,14 @@ def test_a_rewound_ring_comes_after_broken_reads(fault: type[Deaf]) -> None:
         rewound_under(fault("idle"))
 
 
+def test_a_write_during_a_checksum_is_seen() -> None:
+    watch = RingHazards(HazardChecker(), [0], ["one", "other"])
+    as_reader("other", lambda: watch.filling(0, 0, 8), lambda: watch.filled(0))
+    as_reader("one", lambda: watch.complete(0, 8))
+    with pytest.raises(HazardError, match=r"one reads .*\(checksum of load 0\); then other writes"):
+        as_reader("other", lambda: watch.filling(1, 0, 8))
+
+
 def test_a_use_after_the_release_is_seen(tmp_path: Path) -> None:
     checker = HazardChecker(collect=True)
     with ring(tmp_path, [2, 2, 2], 1, kind=under(checker)) as made:
