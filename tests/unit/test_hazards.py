@@ -6,16 +6,20 @@ in which the actors can run.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.memory import hazards
 from subspec.memory.hazards import HazardChecker, HazardError
-from subspec.models.kv_ledger import InexactError, KVLedger
+from subspec.models.decoder import LayerProducts, Rows
+from subspec.models.kv_ledger import InexactError, KVLedger, LedgeredLayers
 
 PART = 8
 
@@ -324,6 +328,55 @@ def test_what_a_commit_overwrites_is_exact() -> None:
         made.swept(layer, [6])
     made.moved([6], 4)
     made.read_exact(2, range(5))
+
+
+class Layers:
+    """Products that nobody uses."""
+
+    def layers(self) -> Iterator[LayerProducts]:
+        return iter([cast(LayerProducts, None)] * 3)
+
+
+def tree_rows(*lengths: int) -> Rows:
+    """Rows at slots 4 and 5 that see two slots, then the first so many of slots 3, 4 and 2, 7."""
+    numbers = partial(torch.tensor, dtype=torch.int32)
+    paths = numbers([[3, 4], [2, 7]])
+    return Rows([1, 2], numbers([2, 3]), numbers([4, 5]), numbers([2, 2]), paths, numbers(lengths))
+
+
+@pytest.mark.parametrize(("slot", "lengths", "seen"), [
+    (1, (2, 1), True), (3, (2, 1), True), (2, (2, 1), True), (2, (2, 0), False), (3, (0, 1), False),
+    (7, (2, 1), False), (7, (2, 2), True), (4, (2, 1), False), (5, (2, 1), False), (6, (2, 2), False),
+])  # fmt: skip
+def test_a_sweep_attends_to_its_prefix_and_paths(slot: int, lengths: tuple[int, int], seen: bool) -> None:
+    made = ledger()
+    for layer in range(3):
+        made.swept(layer, [7])
+    made.drafted(1, [slot])
+    layers = LedgeredLayers(Layers(), made, tree_rows(*lengths), exact=True).layers()
+    next(layers)
+    next(layers)  # layer 0 is done
+    if seen:
+        with pytest.raises(InexactError, match=f"slot {slot} of layer 1"):
+            next(layers)
+    else:
+        assert len(list(layers)) == 1
+        made.read_exact(1, [4, 5])
+
+
+def test_a_draft_enters_what_it_writes_when_a_layer_is_done() -> None:
+    made = ledger()
+    for layer in range(3):
+        made.swept(layer, [4, 5])
+    layers = LedgeredLayers(Layers(), made, tree_rows(2, 2), exact=False).layers()
+    next(layers)
+    made.read_exact(0, [4, 5])
+    next(layers)
+    for slot in (4, 5):
+        with pytest.raises(InexactError, match=f"slot {slot} of layer 0"):
+            made.read_exact(0, [slot])
+    made.read_exact(0, range(4))
+    made.read_exact(1, [4, 5])
 
 
 @settings(max_examples=200, deadline=None)

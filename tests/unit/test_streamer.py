@@ -22,6 +22,7 @@ from subspec.memory.arena import map_bytes
 from subspec.memory.disk import ImageFile
 from subspec.memory.streamer import Streamer, Unit
 from subspec.memory.tiers import PAGE_BYTES
+from subspec.memory.timeline import Timeline
 
 POISON = 0xA5
 
@@ -228,6 +229,25 @@ def test_the_next_sweep_loads_while_nobody_asks(tmp_path: Path) -> None:
         assert made.probe.wait(lambda: all(made.probe.reads.count(read) == 2 for read in ahead))
         assert made.probe.reads.count(("unit2", 0)) == 1  # no slot is free for it
         finishes(made.sweep)
+
+
+def test_every_read_and_every_wait_is_in_the_timeline(tmp_path: Path) -> None:
+    timeline = Timeline()
+    with ring(tmp_path, [5, 2], 2, threads=1, blocked=(("unit0", 0),)) as made:
+        made.streamer.timeline = timeline
+        made.unblock()
+        finishes(made.sweep)
+        finishes(made.sweep)
+        made.close()  # joins the reader: what it read is recorded now
+        reads = [event for event in timeline.events() if event.get("cat") == "link: reader 0"]
+        found = [(one["name"], one["args"]["offset"], one["args"]["bytes"]) for one in reads]
+        parts = [("unit0", 0, 2), ("unit0", 2, 2), ("unit0", 4, 1), ("unit1", 0, 2)] * 3
+        pages = [(name, offset * PAGE_BYTES, size * PAGE_BYTES) for name, offset, size in parts]
+        assert found == pages[: len(found)]
+        assert sum(size for _, _, size in found) == made.streamer.streamed_bytes
+        waits = [event for event in timeline.events() if event["name"] == "wait"]
+        assert [one["args"]["unit"] for one in waits] == ["unit0", "unit1"] * 2
+        assert sum(one["dur"] for one in waits) / 1e6 == pytest.approx(made.streamer.wait_s, abs=1e-5)
 
 
 # Broken sweeps
