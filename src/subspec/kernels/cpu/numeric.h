@@ -358,18 +358,21 @@ inline __attribute__((noinline)) void dot_tile(const typename Form::Weight* cons
     typedef typename Form::Weight Weight;
     const int64_t whole = length / STEP * STEP;
     const Weight* const fixed[TILE_ROWS] = {rows[0], rows[1], rows[2], rows[3]};
-    Vec acc[COLUMNS][TILE_ROWS];
+    int64_t k = 0;
 #if defined(__AVX2__) && !defined(__AVX512F__)
+    Vec acc[COLUMNS][TILE_ROWS];
     if (COLUMNS == TILE_COLUMNS && whole > 0) {
         largest_tile(fixed, x, stride, whole, ahead, ahead_count, reinterpret_cast<float*>(acc));
-    } else
-#endif
-    {
+        k = whole;
+    } else {
         memset(acc, 0, sizeof acc);
-        for (int64_t k = 0; k < whole; k += STEP) {
-            for (int i = 0; i < ahead_count; i++) __builtin_prefetch(ahead[i] + k);
-            Form::template step<COLUMNS>(fixed, k, x + k, stride, acc);
-        }
+    }
+#else
+    Vec acc[COLUMNS][TILE_ROWS] = {};
+#endif
+    for (; k < whole; k += STEP) {
+        for (int i = 0; i < ahead_count; i++) __builtin_prefetch(ahead[i] + k);
+        Form::template step<COLUMNS>(fixed, k, x + k, stride, acc);
     }
     if (whole < length) {
         Weight tail[TILE_ROWS][STEP] = {};
