@@ -13,7 +13,7 @@ import torch
 from subspec.memory.arena import Arena, map_bytes
 from subspec.memory.streamer import Streamer
 from subspec.memory.tiers import MemoryBudget, page_aligned
-from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, RowProduct, Rows
+from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, RowProduct, Rows, WholeLayer
 from subspec.models.kv_cache import KVCache
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.models.operations import operations
@@ -23,6 +23,7 @@ from subspec.store.layout import head_chunks, head_file, layer_file, layer_matri
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
 from subspec.substitute.exact import UnitProducts
+from subspec.substitute.fused import draft_layer
 from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 
@@ -195,7 +196,7 @@ class Engine:
                 SubstituteLinear(m.own_tiles(tiles), m.n, m.k, bias)
                 for m, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
-            layers.append(LayerProducts(*weights))
+            layers.append(draft_layer(weights, self.decoder.settings[index]))
         return _Draft(layers), self._load_draft_head(), list(memory)
 
     def _load_draft_head(self) -> SubstituteLinear:
@@ -292,9 +293,9 @@ class _Sweep:
 class _Draft:
     """The low-bit layers."""
 
-    def __init__(self, products: list[LayerProducts]) -> None:
-        self._products = products
+    def __init__(self, layers: list[LayerProducts | WholeLayer]) -> None:
+        self._layers = layers
 
-    def layers(self) -> Iterator[LayerProducts]:
+    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
         """One pass."""
-        return iter(self._products)
+        return iter(self._layers)
