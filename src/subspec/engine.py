@@ -24,6 +24,7 @@ from subspec.models.decoder import (
     LayerSource,
     RowProduct,
     Rows,
+    WholeLayer,
     finished,
 )
 from subspec.models.kv_cache import KVCache
@@ -36,6 +37,7 @@ from subspec.store.layout import head_chunks, head_file, layer_file, layer_matri
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
 from subspec.substitute.exact import UnitProducts
+from subspec.substitute.fused import draft_layer
 from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 
@@ -258,7 +260,7 @@ class Engine:
                 SubstituteLinear(m.own_tiles(tiles), m.n, m.k, bias)
                 for m, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
-            layers.append(LayerProducts(*weights))
+            layers.append(draft_layer(weights, self.decoder.settings[index]))
         return _Draft(layers), self._load_draft_head(), list(memory)
 
     def _load_draft_head(self) -> SubstituteLinear:
@@ -378,9 +380,9 @@ class _Sweep:
 class _Draft:
     """The low-bit layers."""
 
-    def __init__(self, products: list[LayerProducts]) -> None:
-        self._products = products
+    def __init__(self, layers: list[LayerProducts | WholeLayer]) -> None:
+        self._layers = layers
 
-    def layers(self) -> Iterator[LayerProducts]:
+    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
         """One pass."""
-        return iter(self._products)
+        return iter(self._layers)

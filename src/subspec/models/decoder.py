@@ -43,12 +43,26 @@ class LayerNorms:
     k: torch.Tensor | None
 
 
-class LayerSource(Protocol):
-    """Hands out the products of each layer in order, one layer at a time."""
+@dataclass(frozen=True)
+class LayerSetting:
+    """What a layer works with beside its products.
 
-    def layers(self) -> Iterator[LayerProducts]:
-        """One pass; a layer's products are valid until the next one is asked for."""
-        ...
+    Attributes:
+        norms: its gains.
+        keys: (Hkv, S, D), its part of the cache; ``values`` alike.
+        cos: (S, D/2) fp32 rotary table; ``sin`` alike.
+        heads: H.
+        eps: of the norms; ``scale``: factor on the attention's scores.
+    """
+
+    norms: LayerNorms
+    keys: torch.Tensor
+    values: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    heads: int
+    eps: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,22 @@ class Rows:
         )
 
 
+class WholeLayer(Protocol):
+    """A layer that does all of its arithmetic by itself."""
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> None:
+        """Add the layer into x (T, C), and write the rows' keys and values."""
+        ...
+
+
+class LayerSource(Protocol):
+    """Hands out each layer in order, one at a time: its products, or the whole of it."""
+
+    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
+        """One pass; a layer is valid until the next one is asked for."""
+        ...
+
+
 def prefix_rows(tokens: list[int], start: int) -> Rows:
     """Rows of consecutive tokens at positions and slots from ``start`` on; each sees all up to itself."""
     positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
@@ -108,15 +138,19 @@ class Decoder:
         config: sizes and variations.
         norms: one record a layer.
         cache: written by every pass.
+
+    Attributes:
+        settings: what each layer works with, for layers that do their own arithmetic.
     """
 
     def __init__(self, config: ModelConfig, norms: list[LayerNorms], cache: KVCache) -> None:
-        self.config = config
-        self.norms = norms
-        self.cache = cache
         self._ops = operations()
-        self._cos, self._sin = rope_tables(config.rope, config.head_dim, cache.slots)
-        self._scale = config.head_dim**-0.5
+        cos, sin = rope_tables(config.rope, config.head_dim, cache.slots)
+        heads, eps, scale = config.heads, config.rms_norm_eps, config.head_dim**-0.5
+        self.settings = [
+            LayerSetting(gains, *cache.layer(index), cos, sin, heads, eps, scale)
+            for index, gains in enumerate(norms)
+        ]
 
     def forward(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> torch.Tensor:
         """Run all layers over ``rows``: ``steps`` to its end; returns ``hidden`` itself."""
@@ -125,7 +159,10 @@ class Decoder:
         return hidden
 
     def steps(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> Iterator[None]:
-        """Run all layers over ``rows``, yielding after each one.
+        """Run all layers over ``rows``, pausing after each one.
+
+        Between two layers the caller may do anything but write ``hidden`` or the slots that ``rows`` see; a
+        pass that is dropped there leaves ``hidden`` between layers and the later layers' slots unwritten.
 
         Args:
             source: the weights.
@@ -138,29 +175,32 @@ class Decoder:
             for start in range(0, len(rows.tokens), chunk_rows)
         ]
         chunks = [(hidden[start:stop], rows.chunk(start, stop)) for start, stop in bounds]
-        for index, products in enumerate(source.layers()):
+        for setting, layer in zip(self.settings, source.layers(), strict=True):
             for part, places in chunks:
-                self._layer(index, products, part, places)
+                if isinstance(layer, LayerProducts):
+                    self._layer(setting, layer, part, places)
+                else:
+                    layer(part, places)
             yield
 
-    def _layer(self, index: int, products: LayerProducts, x: torch.Tensor, rows: Rows) -> None:
+    def _layer(self, setting: LayerSetting, products: LayerProducts, x: torch.Tensor, rows: Rows) -> None:
         """One layer over one chunk, added into x (T, C)."""
-        ops, norms, eps = self._ops, self.norms[index], self.config.rms_norm_eps
-        keys, values = self.cache.layer(index)
+        ops, norms, eps = self._ops, setting.norms, setting.eps
+        keys, values = setting.keys, setting.values
         qkv = products.qkv(ops.rms_norm(x, norms.attention, eps))  # (T, (H + 2·Hkv)·D)
         q = ops.rotate_and_store(
             qkv,
-            self._cos,
-            self._sin,
+            setting.cos,
+            setting.sin,
             rows.positions,
             rows.slots,
             keys,
             values,
-            self.config.heads,
+            setting.heads,
             norms.q,
             norms.k,
             eps,
         )  # (T, H, D)
-        mixed = ops.attend(q, keys, values, rows.prefix, rows.paths, rows.path_lens, self._scale)
+        mixed = ops.attend(q, keys, values, rows.prefix, rows.paths, rows.path_lens, setting.scale)
         x += products.o(mixed.view(x.shape[0], -1))
         x += products.down(ops.silu_mul(products.gate_up(ops.rms_norm(x, norms.mlp, eps))))

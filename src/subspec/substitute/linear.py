@@ -97,6 +97,7 @@ class SubstituteLinear:
 
     Attributes:
         native: whether the products are W4A8 by a native kernel.
+        native_bias: the bias as these take it, (n,) fp32, or None.
     """
 
     def __init__(self, tiles: Tensor, n: int, k: int, bias: Tensor | None = None) -> None:
@@ -107,7 +108,7 @@ class SubstituteLinear:
         self.tiles, self.n, self.k, self.bias = tiles, n, k, bias
         self._kernels = lowbit_kernels() if tiles.device.type == "cpu" else None
         self._address = tiles.data_ptr()
-        self._native_bias = None if bias is None else bias.float().contiguous()
+        self.native_bias = None if bias is None else bias.float().contiguous()
         self.native = self._kernels is not None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class SubstituteLinear:
             x if x.stride(1) == 1 else x.contiguous(),
             self._address,
             self.n,
-            self._native_bias,
+            self.native_bias,
             out,
         )
         return out

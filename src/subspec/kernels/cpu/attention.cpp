@@ -5,6 +5,7 @@
 // So a result depends on the sequence of keys and values alone: not on their slots, on how the query's row is
 // batched, or on whether a key was reached through the prefix or through a path.
 #include "numeric.h"
+#include "operations.h"
 
 namespace {
 

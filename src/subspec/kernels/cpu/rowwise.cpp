@@ -1,6 +1,7 @@
 // The small operations between the products: RMS norm, gated SiLU, rotary embedding with the cache write.
 // Each row, and in the gate each element, is a function of its own inputs alone.
 #include "numeric.h"
+#include "operations.h"
 
 namespace {
 

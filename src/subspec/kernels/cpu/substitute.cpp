@@ -1,6 +1,7 @@
 // Products with, and values of, 4-bit substitutes.  The layout of the tiles is written down in substitute/layout.py,
 // the arithmetic in substitute/linear.py.
 #include "lowbit_tile.h"
+#include "operations.h"
 #include <algorithm>
 #include <cmath>
 #if defined(_OPENMP)
