@@ -109,6 +109,36 @@ template <int dtype> LOWBIT_INLINE void find_bins(float scale, float mid, Bins& 
 #endif
 
 // The codes of a tile, by row.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup]) {
+  const __m256i nibbles = _mm256_set1_epi8(15);
+  for (int first = 0; first < kRows; first += 8) { // 8 lines of 8 rows' words: transpose, in halves of four rows
+    __m256i line[8], pair[8], quad[8];
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++) line[t] = _mm256_loadu_si256((const __m256i*)(tile + 64 * t + 4 * first));
+#pragma GCC unroll 4
+    for (int t = 0; t < 8; t += 2) {
+      pair[t] = _mm256_unpacklo_epi32(line[t], line[t + 1]);     // rows 0, 1 | 4, 5
+      pair[t + 1] = _mm256_unpackhi_epi32(line[t], line[t + 1]); // rows 2, 3 | 6, 7
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < 8; t += 4) { // quad[t + r]: lines t .. t + 3 of rows r | r + 4
+      quad[t] = _mm256_unpacklo_epi64(pair[t], pair[t + 2]);
+      quad[t + 1] = _mm256_unpackhi_epi64(pair[t], pair[t + 2]);
+      quad[t + 2] = _mm256_unpacklo_epi64(pair[t + 1], pair[t + 3]);
+      quad[t + 3] = _mm256_unpackhi_epi64(pair[t + 1], pair[t + 3]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++) { // a line's low nibbles come before its high ones
+      const __m256i low = _mm256_and_si256(quad[t], nibbles), high = _mm256_and_si256(_mm256_srli_epi16(quad[t], 4), nibbles);
+      const __m256i early = _mm256_unpacklo_epi32(low, high), late = _mm256_unpackhi_epi32(low, high);
+      uint8_t* row = codes[first + t % 4] + t / 4 * 32;
+      _mm256_store_si256((__m256i*)row, _mm256_permute2x128_si256(early, late, 0x20));
+      _mm256_store_si256((__m256i*)(row + 4 * kGroup), _mm256_permute2x128_si256(early, late, 0x31));
+    }
+  }
+}
+#else
 LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup]) {
   for (int t = 0; t < 8; t++)
     for (int r = 0; r < kRows; r++) {
@@ -117,6 +147,7 @@ LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup])
       memcpy(codes[r] + 8 * t, &eight, 8);
     }
 }
+#endif
 
 // 64 bits of a byte stream from bit `at` on.
 LOWBIT_INLINE uint64_t bits_at(const uint8_t* from, int64_t at) {
@@ -135,32 +166,52 @@ LOWBIT_INLINE int spread(uint64_t packed, const uint8_t* mask, uint8_t* fields) 
   return __builtin_popcountll(masks);
 }
 
+// A row on its way from fields to weights.  Every step stores what the next one loads in other sizes, which takes long
+// when it follows at once: so a step is done for all rows of a tile before the next.
+struct RowFields {
+  alignas(64) uint8_t masks[2][kGroup], main[kGroup], extra[kGroup], low[kGroup];
+  Bins bins;
+};
+
+// Step 1: the bins, and ones for the bits of each weight's main and extra fields.
 template <int dtype>
-LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGroup], const Bins& bins, int64_t valid,
-                                 uint16_t* out) {
-  alignas(64) uint8_t masks[2][kGroup], main[kGroup], extra[kGroup], low[kGroup] = {};
-  const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bins.width));
+LOWBIT_INLINE void find_masks(const uint8_t codes[kGroup], float scale, float mid, int64_t valid, RowFields& row) {
+  find_bins<dtype>(scale, mid, row.bins);
+  const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)row.bins.width));
   const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, -1, 0, 0, 0, 0));
   const __m256i extra_ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7, 7, 0, 0, 0, 0));
+  const __m256i main_masks = _mm256_shuffle_epi8(ones, widths), extra_masks = _mm256_shuffle_epi8(extra_ones, widths);
   for (int i = 0; i < kGroup; i += 32) {
-    const __m256i width = _mm256_shuffle_epi8(widths, _mm256_loadu_si256((const __m256i*)(codes + i)));
-    _mm256_store_si256((__m256i*)(masks[0] + i), _mm256_shuffle_epi8(ones, width));
-    _mm256_store_si256((__m256i*)(masks[1] + i), _mm256_shuffle_epi8(extra_ones, width));
+    const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + i));
+    _mm256_store_si256((__m256i*)(row.masks[0] + i), _mm256_shuffle_epi8(main_masks, code));
+    _mm256_store_si256((__m256i*)(row.masks[1] + i), _mm256_shuffle_epi8(extra_masks, code));
   }
   if (valid < kGroup)
-    for (uint8_t* mask : masks) memset(mask + valid, 0, kGroup - valid);
+    for (uint8_t* mask : row.masks) memset(mask + valid, 0, kGroup - valid);
+}
+
+// Step 2: bits to bytes.  Returns the payload's bytes.
+template <int dtype> LOWBIT_INLINE int64_t spread_row(const uint8_t* payload, int64_t valid, RowFields& row) {
   int64_t at = 0;
 #pragma GCC unroll 8
-  for (int i = 0; i < kGroup; i += 8) at += spread(bits_at(payload, at), masks[0] + i, main + i);
+  for (int i = 0; i < kGroup; i += 8) at += spread(bits_at(payload, at), row.masks[0] + i, row.main + i);
   at = (at + 7) & ~(int64_t)7;
 #pragma GCC unroll 8
-  for (int i = 0; i < kGroup; i += 8) at += spread(load<uint64_t>(payload + (at >> 3)) >> (at & 7), masks[1] + i, extra + i);
+  for (int i = 0; i < kGroup; i += 8)
+    at += spread(load<uint64_t>(payload + (at >> 3)) >> (at & 7), row.masks[1] + i, row.extra + i);
   at = (at + 7) & ~(int64_t)7;
   if (dtype == kFloat16) {
     static const uint8_t three[8] = {7, 7, 7, 7, 7, 7, 7, 7};
-    for (int64_t i = 0; i < valid; i += 8) spread(load<uint32_t>(payload + (at + 3 * i) / 8), three, low + i);
+    for (int64_t i = 0; i < valid; i += 8) spread(load<uint32_t>(payload + (at + 3 * i) / 8), three, row.low + i);
     at += (3 * valid + 7) / 8 * 8;
   }
+  return at >> 3;
+}
+
+// Step 3: fields to weights.
+template <int dtype>
+LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const RowFields& row, int64_t valid, uint16_t* out) {
+  const Bins& bins = row.bins;
   alignas(64) uint16_t whole[kGroup];
   const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
   const __m256i split = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)bins.base), order);
@@ -169,9 +220,9 @@ LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGr
   for (int i = 0; i < kGroup; i += 32) {
     const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + i));
     const __m256i base_low = _mm256_shuffle_epi8(low_bytes, code), base_high = _mm256_shuffle_epi8(high_bytes, code);
-    const __m256i lower = _mm256_load_si256((const __m256i*)(main + i));
-    const __m256i upper = _mm256_load_si256((const __m256i*)(extra + i));
-    const __m256i lowest = _mm256_load_si256((const __m256i*)(low + i));
+    const __m256i lower = _mm256_load_si256((const __m256i*)(row.main + i));
+    const __m256i upper = _mm256_load_si256((const __m256i*)(row.extra + i));
+    const __m256i lowest = dtype == kFloat16 ? _mm256_load_si256((const __m256i*)(row.low + i)) : zero;
     __m256i half[2] = {_mm256_add_epi16(_mm256_unpacklo_epi8(base_low, base_high), _mm256_unpacklo_epi8(lower, upper)),
                        _mm256_add_epi16(_mm256_unpackhi_epi8(base_low, base_high), _mm256_unpackhi_epi8(lower, upper))};
     const __m256i tail[2] = {_mm256_unpacklo_epi8(lowest, zero), _mm256_unpackhi_epi8(lowest, zero)};
@@ -187,7 +238,6 @@ LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGr
   }
   if (valid == kGroup) memcpy(out, whole, sizeof whole);
   else memcpy(out, whole, 2 * valid);
-  return at >> 3;
 }
 
 #else
@@ -409,18 +459,31 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
   alignas(64) uint8_t codes[kRows][kGroup];
   tile_codes(tile, codes);
 #endif
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512VBMI2__)
+  RowFields fields[kRows];
+  for (int64_t r = 0; r < present; r++) {
+    const float scale = from_bfloat16(load<uint16_t>(ends + 2 * r)), mid = from_bfloat16(load<uint16_t>(ends + 32 + 2 * r));
+    find_masks<dtype>(codes[r], scale, mid, columns, fields[r]);
+  }
+#endif
   for (int64_t r = 0; r < present; r++) { // escapes lie behind the last
     __builtin_prefetch(from + kAheadBytes); // two tiles on: codes, and about there the fields
     __builtin_prefetch(tile + 2 * kTileBytes + r * (kTileBytes / kRows));
-    uint16_t* row = r < rows ? out + r * stride : unwanted;
 #if defined(__AVX512VBMI2__)
+    uint16_t* row = r < rows ? out + r * stride : unwanted;
     from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
+#elif defined(__AVX2__) && defined(__BMI2__)
+    from += spread_row<dtype>(from, columns, fields[r]);
 #else
+    uint16_t* row = r < rows ? out + r * stride : unwanted;
     Bins bins;
     find_bins<dtype>(from_bfloat16(load<uint16_t>(ends + 2 * r)), from_bfloat16(load<uint16_t>(ends + 32 + 2 * r)), bins);
     from += decode_row<dtype>(from, codes[r], bins, columns, row);
 #endif
   }
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512VBMI2__)
+  for (int64_t r = 0; r < rows; r++) place_row<dtype>(codes[r], fields[r], columns, out + r * stride);
+#endif
   for (; from + 4 <= to; from += 4) {
     const int64_t at = load<uint16_t>(from), row = at / kGroup, column = at % kGroup;
     if (row < rows && column < columns) out[row * stride + column] = load<uint16_t>(from + 2);
