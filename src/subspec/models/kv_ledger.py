@@ -7,7 +7,7 @@ as exact or that a commit keeps.  The ledger says where the rule is broken; it i
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from subspec.models.decoder import LayerProducts, LayerSource, Rows
+from subspec.models.decoder import LayerProducts, LayerSource, Rows, WholeLayer
 
 UNWRITTEN, EXACT, DRAFT = range(3)
 _WRITERS = ("nobody", "a sweep", "a draft")
@@ -93,7 +93,7 @@ class LedgeredLayers:
         self._written: list[int] = rows.slots.tolist()
         self._read = _attended(rows) if exact else set()
 
-    def layers(self) -> Iterator[LayerProducts]:
+    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
         """One pass.
 
         Raises:
