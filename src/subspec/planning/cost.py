@@ -34,6 +34,9 @@ class Images:
         return layers * self.plain_layer + sum(self.plain_chunks[:chunks])
 
 
+EXPECTED_ROWS = 16  # that a speculative sweep verifies, where a row must be worth its products
+
+
 @dataclass(frozen=True)
 class SweepCosts:
     """Measured costs of a sweep's parts; the defaults let the link alone count, and plain weights be faster.
@@ -42,15 +45,18 @@ class SweepCosts:
         link_bytes_per_s: of the link that units stream over.
         plain_s_per_byte: of one row's products, per byte of plain weights they are the products of.
         rebuilt_s_per_byte: the same where the weights are rebuilt from residuals first.
+        row_s_per_byte: of a further row's products, per byte of plain weights, in either form.
     """
 
     link_bytes_per_s: float = 1.0
     plain_s_per_byte: float = 0.0
     rebuilt_s_per_byte: float = 1e-15
+    row_s_per_byte: float = 0.0
 
     def sweep_s(self, streamed_bytes: int, plain_bytes: int, rebuilt_bytes: int) -> float:
-        """Seconds of a sweep with one row: streaming hides computing, or the other way round."""
+        """Seconds of a sweep with ``EXPECTED_ROWS`` rows: streaming hides computing, or the other way round."""
         computing_s = plain_bytes * self.plain_s_per_byte + rebuilt_bytes * self.rebuilt_s_per_byte
+        computing_s += (EXPECTED_ROWS - 1) * (plain_bytes + rebuilt_bytes) * self.row_s_per_byte
         return max(streamed_bytes / self.link_bytes_per_s, computing_s)
 
 
@@ -75,7 +81,7 @@ class Residents:
         return sum(images.layers) + sum(images.chunks) - kept
 
     def sweep_s(self, images: Images, costs: SweepCosts) -> float:
-        """Seconds of a sweep with one row."""
+        """Seconds of a sweep, as ``SweepCosts`` has it."""
         plain = images.plain_bytes_of(len(self.plain_layers), self.plain_chunks)
         if not images.rebuilt:
             plain = images.plain_bytes

@@ -12,13 +12,16 @@ from subspec.memory.disk import measure_read
 from subspec.memory.streamer import REQUEST_BYTES, THREADS
 from subspec.memory.tiers import page_aligned
 from subspec.models.linear import ExactProduct
-from subspec.planning.cost import Images, SweepCosts
+from subspec.planning.cost import EXPECTED_ROWS, Images, SweepCosts
 from subspec.store.exact import chunk_matrices, exact_bytes, read_image, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
 from subspec.substitute.exact import UnitProducts, scratch_bytes
 
-READ_BYTES = 96 << 20
+SETTLING_BYTES = (
+    256 << 20
+)  # read first: after an idle moment a disk, or a limit on it, may run ahead for a while
+READ_BYTES = 128 << 20
 ROUNDS = 3
 
 
@@ -43,7 +46,7 @@ def stored_images(store: Store) -> Images:
 def measure_costs(store: Store) -> SweepCosts:
     """The costs of a sweep over a residual store, from a short trial on its first layer.
 
-    Reads that layer and about 100 MB more: a fraction of a second on a fast disk.  Holds three layers' memory
+    Reads that layer and about 400 MB more: a fraction of a second on a fast disk.  Holds three layers' memory
     while it runs, before anything else of the model is held.  Without native kernels nothing is tried:
     rebuilding is then slow beyond question.
 
@@ -57,17 +60,24 @@ def measure_costs(store: Store) -> SweepCosts:
     plain = map_bytes(exact_bytes(store, shapes))
     rebuild(store, image, tiles, shapes, plain)
     products = UnitProducts(ExactProduct("native", native=True), store.dtype, None)
-    rows = [torch.zeros((1, shape.k), dtype=store.dtype) for shape in shapes]
     none = [None] * len(shapes)
 
-    def run(memory: torch.Tensor, is_plain: bool) -> None:
-        for one, x in zip(products.of(memory, is_plain, tiles, shapes, none), rows, strict=True):
-            one(x)
+    def run(memory: torch.Tensor, is_plain: bool, rows: int = 1) -> None:
+        for one, shape in zip(products.of(memory, is_plain, tiles, shapes, none), shapes, strict=True):
+            one(torch.zeros((rows, shape.k), dtype=store.dtype))
 
-    times = [(_timed(lambda: run(plain, True)), _timed(lambda: run(image, False))) for _ in range(ROUNDS)]
-    plain_s, rebuilt_s = (statistics.median(column) for column in zip(*times, strict=True))
+    trials = (
+        lambda: run(plain, True),
+        lambda: run(image, False),
+        lambda: run(plain, True, EXPECTED_ROWS),
+    )
+    times = [[_timed(trial) for trial in trials] for _ in range(ROUNDS)]
+    plain_s, rebuilt_s, rows_s = (statistics.median(column) for column in zip(*times, strict=True))
+    measure_read(store.images(), THREADS, REQUEST_BYTES, SETTLING_BYTES)
     link = measure_read(store.images(), THREADS, REQUEST_BYTES, READ_BYTES)
-    return SweepCosts(link.bytes_per_s, plain_s / len(plain), rebuilt_s / len(plain))
+    row_s = max(rows_s - plain_s, 0.0) / (EXPECTED_ROWS - 1)
+    size = len(plain)
+    return SweepCosts(link.bytes_per_s, plain_s / size, rebuilt_s / size, row_s / size)
 
 
 def _timed(call: Callable[[], object]) -> float:
