@@ -54,7 +54,7 @@ class SweepCosts:
     row_s_per_byte: float = 0.0
 
     def sweep_s(self, streamed_bytes: int, plain_bytes: int, rebuilt_bytes: int) -> float:
-        """Seconds of a sweep with ``EXPECTED_ROWS`` rows: streaming hides computing, or the other way round."""
+        """Seconds of a sweep with ``EXPECTED_ROWS`` rows: streaming hides computing, or it is hidden."""
         computing_s = plain_bytes * self.plain_s_per_byte + rebuilt_bytes * self.rebuilt_s_per_byte
         computing_s += (EXPECTED_ROWS - 1) * (plain_bytes + rebuilt_bytes) * self.row_s_per_byte
         return max(streamed_bytes / self.link_bytes_per_s, computing_s)
