@@ -15,12 +15,12 @@ from typing import Any
 from subspec import LLM, SamplingParams
 from subspec.bench import machine
 from subspec.bench.prompts import load_prompts
-from subspec.models.decoder import LayerProducts
+from subspec.models.decoder import LayerProducts, WholeLayer
 
 VARIANTS = ("substitutes", "exact")
 
 
-def exact_where_resident(llm: LLM) -> list[LayerProducts]:
+def exact_where_resident(llm: LLM) -> list[LayerProducts | WholeLayer]:
     """The draft's layers with exact products wherever the weights are resident."""
     engine = llm.engine
     mixed = list(engine._draft_layers.layers())
@@ -48,7 +48,7 @@ def main() -> int:
         runs: list[dict[str, Any]] = []
         for prompt in load_prompts(options.prompts, options.limit):
             for variant in VARIANTS:
-                draft._products = layers[variant]
+                draft._layers = layers[variant]
                 llm.reset()
                 params = SamplingParams(max_new_tokens=options.max_new_tokens)
                 figures = llm.generate([{"role": "user", "content": prompt.text}], params).statistics

@@ -25,6 +25,7 @@ _AVX512 = f"{_AVX2} -mavx512f -mavx512cd -mavx512bw -mavx512vl -mavx512dq -mavx5
 X86_LEVELS = {
     "avx512bf16": f"{_AVX512} -mavx512bf16 -mavx512vbmi -mavx512vbmi2",
     "avx512": _AVX512,
+    "avxvnni": f"{_AVX2} -mavxvnni",
     "avx2": _AVX2,
 }
 

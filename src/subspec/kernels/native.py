@@ -5,7 +5,7 @@ tensors; the rooms above choose between such a wrapper and their documented refe
 start-up.  Knows nothing of models, stores or plans.
 
 ``SUBSPEC_KERNELS`` forces a level: ``reference`` (no native kernel at all), ``portable``, ``avx2``,
-``avx512`` or ``avx512bf16``.
+``avxvnni``, ``avx512`` or ``avx512bf16``.
 """
 
 import ctypes
@@ -28,6 +28,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512vl", "avx512dq", "a
 _NEEDS = {
     "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2"},
     "avx512": _AVX512,
+    "avxvnni": _AVX2 | {"avx_vnni"},
     "avx2": _AVX2,
     "portable": set[str](),
 }
