@@ -170,21 +170,17 @@ LOWBIT_INLINE int spread(uint64_t packed, const uint8_t* mask, uint8_t* fields) 
 // when it follows at once: so a step is done for all rows of a tile before the next.
 struct RowFields {
   alignas(64) uint8_t masks[2][kGroup], main[kGroup], extra[kGroup], low[kGroup];
-  Bins bins;
 };
 
-// Step 1: the bins, and ones for the bits of each weight's main and extra fields.
-template <int dtype>
-LOWBIT_INLINE void find_masks(const uint8_t codes[kGroup], float scale, float mid, int64_t valid, RowFields& row) {
-  find_bins<dtype>(scale, mid, row.bins);
-  const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)row.bins.width));
+// Step 1: ones for the bits of each weight's main and extra fields.
+LOWBIT_INLINE void find_masks(const uint8_t codes[kGroup], const Bins& bins, int64_t valid, RowFields& row) {
+  const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bins.width));
   const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, -1, 0, 0, 0, 0));
   const __m256i extra_ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7, 7, 0, 0, 0, 0));
-  const __m256i main_masks = _mm256_shuffle_epi8(ones, widths), extra_masks = _mm256_shuffle_epi8(extra_ones, widths);
   for (int i = 0; i < kGroup; i += 32) {
-    const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + i));
-    _mm256_store_si256((__m256i*)(row.masks[0] + i), _mm256_shuffle_epi8(main_masks, code));
-    _mm256_store_si256((__m256i*)(row.masks[1] + i), _mm256_shuffle_epi8(extra_masks, code));
+    const __m256i width = _mm256_shuffle_epi8(widths, _mm256_loadu_si256((const __m256i*)(codes + i)));
+    _mm256_store_si256((__m256i*)(row.masks[0] + i), _mm256_shuffle_epi8(ones, width));
+    _mm256_store_si256((__m256i*)(row.masks[1] + i), _mm256_shuffle_epi8(extra_ones, width));
   }
   if (valid < kGroup)
     for (uint8_t* mask : row.masks) memset(mask + valid, 0, kGroup - valid);
@@ -210,8 +206,8 @@ template <int dtype> LOWBIT_INLINE int64_t spread_row(const uint8_t* payload, in
 
 // Step 3: fields to weights.
 template <int dtype>
-LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const RowFields& row, int64_t valid, uint16_t* out) {
-  const Bins& bins = row.bins;
+LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const Bins& bins, const RowFields& row, int64_t valid,
+                             uint16_t* out) {
   alignas(64) uint16_t whole[kGroup];
   const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
   const __m256i split = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)bins.base), order);
@@ -238,6 +234,18 @@ LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const RowFields& row, 
   }
   if (valid == kGroup) memcpy(out, whole, sizeof whole);
   else memcpy(out, whole, 2 * valid);
+}
+
+// All steps for one row at a time.
+template <int dtype>
+LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGroup], const Bins& bins, int64_t valid,
+                                 uint16_t* out) {
+  RowFields row;
+  memset(row.low, 0, sizeof row.low);
+  find_masks(codes, bins, valid, row);
+  const int64_t used = spread_row<dtype>(payload, valid, row);
+  place_row<dtype>(codes, bins, row, valid, out);
+  return used;
 }
 
 #else
@@ -459,11 +467,13 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
   alignas(64) uint8_t codes[kRows][kGroup];
   tile_codes(tile, codes);
 #endif
-#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512VBMI2__)
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+  Bins bins[kRows];
   RowFields fields[kRows];
   for (int64_t r = 0; r < present; r++) {
     const float scale = from_bfloat16(load<uint16_t>(ends + 2 * r)), mid = from_bfloat16(load<uint16_t>(ends + 32 + 2 * r));
-    find_masks<dtype>(codes[r], scale, mid, columns, fields[r]);
+    find_bins<dtype>(scale, mid, bins[r]);
+    find_masks(codes[r], bins[r], columns, fields[r]);
   }
 #endif
   for (int64_t r = 0; r < present; r++) { // escapes lie behind the last
@@ -472,7 +482,7 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
 #if defined(__AVX512VBMI2__)
     uint16_t* row = r < rows ? out + r * stride : unwanted;
     from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
-#elif defined(__AVX2__) && defined(__BMI2__)
+#elif defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
     from += spread_row<dtype>(from, columns, fields[r]);
 #else
     uint16_t* row = r < rows ? out + r * stride : unwanted;
@@ -481,8 +491,8 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
     from += decode_row<dtype>(from, codes[r], bins, columns, row);
 #endif
   }
-#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512VBMI2__)
-  for (int64_t r = 0; r < rows; r++) place_row<dtype>(codes[r], fields[r], columns, out + r * stride);
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+  for (int64_t r = 0; r < rows; r++) place_row<dtype>(codes[r], bins[r], fields[r], columns, out + r * stride);
 #endif
   for (; from + 4 <= to; from += 4) {
     const int64_t at = load<uint16_t>(from), row = at / kGroup, column = at % kGroup;
