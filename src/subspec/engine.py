@@ -147,7 +147,7 @@ class Engine:
             StoreError: the stream broke; the next sweep starts afresh.
         """
         self._sweeps += 1
-        self._gap = gap
+        self._gap, self._in_gap = gap, False  # a gap that raised left it set
         start = time.perf_counter()
         if self._streamer is not None:
             self._streamer.rewind()

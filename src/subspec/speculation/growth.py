@@ -80,14 +80,7 @@ class Growth:
         tree, node = self.tree, 0
         for token, chance in zip(tokens, chances, strict=True):
             room = self.capacity - len(tree) - len(tree.shadows) - (CHILDREN + 1)
-            known = next(
-                (
-                    i
-                    for i in range(node + 1, len(tree))
-                    if tree.parents[i] == node and tree.tokens[i] == token
-                ),
-                None,
-            )
+            known = tree.children_of(node).get(token)
             score = tree.scores[node] + math.log(chance)
             if known is None and (room <= 0 or math.exp(score) < least_score or node in self._forwarded):
                 return
@@ -161,7 +154,7 @@ class Growth:
     def _add_children(self, node: int, guess: Guess, least_score: float) -> None:
         """Children that are likely enough; one that is there already gets the better founded score."""
         tree = self.tree
-        there = {tree.tokens[i]: i for i in range(node + 1, len(tree)) if tree.parents[i] == node}
+        there = tree.children_of(node)
         least = math.log(least_score) if least_score > 0 else -math.inf
         for place, (token, log) in enumerate(zip(guess.tokens[:CHILDREN], guess.logs, strict=False)):
             score = tree.scores[node] + log
@@ -200,7 +193,7 @@ class Growth:
 
     def next_root(self, walk: Walk) -> int | None:
         """The node that is the walk's bonus token, if the tree has it."""
-        return self.tree.children(range(len(self.tree))).get(walk.nodes[-1], {}).get(walk.tokens[-1])
+        return self.tree.children_of(walk.nodes[-1]).get(walk.tokens[-1])
 
     def usable(self, count: int) -> list[int]:
         """The root and the ``count`` − 1 likeliest nodes whose tokens there is still room for, in order."""
@@ -219,10 +212,7 @@ class Growth:
             path's, then those of its own nodes.
         """
         tree, base = self.tree, self.tree.base + len(walk.tokens)
-        kept = [] if top is None else tree.below(top)
-        if len(kept) > self.capacity // 2:
-            ranked = sorted(kept, key=lambda node: (-tree.scores[node], node))
-            kept = sorted(ranked[: self.capacity // 2])
+        kept = [] if top is None else tree.likeliest(tree.below(top), self.capacity // 2)
         following = tree.rerooted(kept, base) if kept else DraftTree.rooted(walk.tokens[-1], base)
         guesses = {i: self.guesses[node] for i, node in enumerate(kept) if node in self.guesses}
         slots = [tree.slot(node) for node in (*walk.nodes, *kept)]

@@ -103,6 +103,12 @@ class DraftTree:
                 found.setdefault(self.parents[node], {})[self.tokens[node]] = node
         return found
 
+    def children_of(self, parent: int) -> dict[int, int]:
+        """All children of one node: token → node."""
+        return {
+            self.tokens[node]: node for node in range(parent + 1, len(self)) if self.parents[node] == parent
+        }
+
     def below(self, top: int) -> list[int]:
         """``top`` and its descendants, in order."""
         depth = self.depths[top]
@@ -131,6 +137,10 @@ class DraftTree:
         Leaves out nodes whose score stands for a probability below ``min_score``.  A child never scores above
         its parent, so the best nodes are closed under parents; ties go to the older node.
         """
-        likely = [node for node in range(len(self)) if math.exp(self.scores[node]) >= min_score]
-        ranked = sorted(likely, key=lambda node: (-self.scores[node], node))
-        return sorted(ranked[:count])
+        return self.likeliest(
+            [node for node in range(len(self)) if math.exp(self.scores[node]) >= min_score], count
+        )
+
+    def likeliest(self, nodes: Sequence[int], count: int) -> list[int]:
+        """The ``count`` best-scored of some nodes, in order; ties go to the older node."""
+        return sorted(sorted(nodes, key=lambda node: (-self.scores[node], node))[:count])
