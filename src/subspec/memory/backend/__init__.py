@@ -97,7 +97,7 @@ class Backend(Protocol):
         ...
 
     def host_wait(self, event: Event) -> None:
-        """Return when the event's newest record is reached; the caller is the host, or a host stream's work."""
+        """Block the caller, the host or a host stream's work, until the newest record is reached."""
         ...
 
     def done(self, event: Event) -> bool:
