@@ -198,7 +198,7 @@ class LLM:
             "plain_layers": len(self.plan.plain_layers),
             "store_version": manifest.version,
             "codec": manifest.codec,
-            "product": self.engine.product.name,
+            "product": self.engine.weights.product.name,
             "direct_reads": self.engine.store.direct,
             "hazard_checks": self.engine.checker is not None,
         }

@@ -48,6 +48,7 @@ class UnitProducts:
         self,
         memory: Tensor,
         plain: bool,
+        starts: Sequence[int],
         tiles: Tensor,
         matrices: Sequence[Placed],
         biases: Sequence[Tensor | None],
@@ -57,12 +58,13 @@ class UnitProducts:
         Args:
             memory: the plain weights one after another, or the unit's residual image; uint8.
             plain: which.
+            starts: where each residual starts in an image.
             tiles: the unit's substitutes.
             matrices: its matrices.
             biases: theirs.
         """
         if not plain:
-            residuals = split(memory, len(matrices))
+            residuals = split(memory, starts)
             return [
                 partial(self._rebuilt, residual, matrix.own_tiles(tiles), matrix, bias)
                 for residual, matrix, bias in zip(residuals, matrices, biases, strict=True)

@@ -111,11 +111,20 @@ class SubstituteLinear:
         self.native_bias = None if bias is None else bias.float().contiguous()
         self.native = self._kernels is not None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply: x (T, k) with unit stride in its last dimension, in the model's dtype -> (T, n), new."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: (T, k) with unit stride in its last dimension, in the model's dtype.
+            out: (T, n) to write to, contiguous.
+
+        Returns:
+            (T, n), ``out`` if given, else new.
+        """
+        if out is None:
+            out = torch.empty(x.shape[0], self.n, dtype=x.dtype, device=x.device)
         if self._kernels is None:
-            return self._chunked(x)
-        out = torch.empty(x.shape[0], self.n, dtype=x.dtype)
+            return self._chunked(x, out)
         self._kernels.product(
             x if x.stride(1) == 1 else x.contiguous(),
             self._address,
@@ -140,9 +149,8 @@ class SubstituteLinear:
         self._kernels.values(self._address, out, rows=indices.contiguous())
         return out
 
-    def _chunked(self, x: Tensor) -> Tensor:
+    def _chunked(self, x: Tensor, out: Tensor) -> Tensor:
         """The fallback: dequantize some stripes of 16 rows at a time, and let torch multiply."""
-        out = torch.empty(len(x), self.n, dtype=x.dtype, device=x.device)
         stripe_bytes = tile_bytes(1, self.k)
         step = max(1, _CHUNK // (groups(self.k) * GROUP * TILE_ROWS)) * TILE_ROWS
         for first in range(0, self.n, step):

@@ -1,0 +1,243 @@
+"""The composition root: store, memory, decoder and method meet here, and only here.
+
+Builds everything that a plan names, then offers the two passes that decoding is made of: ``target``, one
+sweep of the exact weights through the slot ring, and ``draft``, one pass over the substitutes.  Both only
+launch: on a device the host is ahead, and what a pass computes is there once the host has waited for it.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from subspec.engine.weights import Progress, Weights, WeightUnit
+from subspec.memory import hazards
+from subspec.memory.arena import Arena
+from subspec.memory.backend.threads import ThreadBackend
+from subspec.memory.schedule import Gap, Schedule, Step
+from subspec.memory.streamer import Streamer
+from subspec.memory.tiers import MemoryBudget
+from subspec.memory.timeline import Timeline
+from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows, WholeLayer, finished
+from subspec.models.kv_cache import KVCache
+from subspec.models.kv_ledger import KVLedger, LedgeredPass
+from subspec.models.operations import operations
+from subspec.planning.plan import Plan
+from subspec.store.layout import head_chunks, layer_tensor
+from subspec.store.reader import Store
+from subspec.store.rows import EmbeddingRows
+from subspec.substitute.fused import draft_layer
+
+__all__ = ["Counters", "Engine", "Progress"]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Running totals of an engine.
+
+    Attributes:
+        sweeps: begun.
+        streamed_bytes: that came over the link; ``link_s``: seconds that it was busy.
+        wait_s: seconds that sweeps waited for the link; ``gap_s``: that they filled with drafting instead.
+    """
+
+    sweeps: int
+    streamed_bytes: int
+    link_s: float
+    wait_s: float
+    gap_s: float
+
+
+class Engine:
+    """A model under a plan.  Not thread-safe: one text at a time.
+
+    Args:
+        store: the prepared model; closed with the engine.
+        plan: what to keep where.
+        progress: called with (task, done, total) while loading.
+        paranoid: verify checksums on every read.
+
+    Attributes:
+        checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
+        timeline: where passes and reads are recorded at present; set by ``trace``.
+    """
+
+    def __init__(
+        self, store: Store, plan: Plan, progress: Progress | None = None, *, paranoid: bool = False
+    ) -> None:
+        self.store, self.plan, self.config = store, plan, store.config
+        checked = hazards.wanted()
+        self.checker = hazards.HazardChecker() if checked else None
+        self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
+        self._backend = ThreadBackend()
+        self.budget = MemoryBudget(plan.budget_bytes)
+        self._near = Arena(self.budget)
+        self._sweeps = 0
+        self.timeline: Timeline | None = None
+        self.budget.take("workspace", plan.parts["workspace"])
+        self.budget.take("norms_biases", plan.parts["norms_biases"])
+        self._small = store.small_tensors()
+        checksums = self._small.pop("embedding.crc32")
+        self.rows = EmbeddingRows(store, checksums, plan.cache_rows, self._near)
+        self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._near)
+        norms = [self._norms(index) for index in range(self.config.layers)]
+        self.decoder = Decoder(self.config, norms, self.cache)
+        self._ops = operations()
+        slots = [self._near.bytes("slots", plan.slot_bytes) for _ in range(plan.slots)]
+        self.weights = Weights(store, plan, self._near, None, self._small, slots, progress)
+        self._draft_layers = [
+            draft_layer(products, setting)
+            for products, setting in zip(self.weights.draft_layers, self.decoder.settings, strict=True)
+        ]
+        self._chunks = head_chunks(self.config, store.dtype.itemsize)
+        streamed = self.weights.streamed()
+        streamer = Streamer(streamed, slots, self._backend, paranoid=paranoid) if streamed else None
+        self.schedule = Schedule(self._backend, streamer)
+
+    # --- the two passes ---
+
+    def target(self, rows: Rows, *, last_only: bool, gap: Gap | None = None) -> torch.Tensor:
+        """One sweep: exact logits (T, V), or (1, V) of the last row; keys and values written for all rows.
+
+        Args:
+            rows: what it computes.
+            last_only: whether only the last row's logits are wanted.
+            gap: called again and again while the next unit is not there yet, until it returns False: a
+                little work that writes none of the rows' slots.
+
+        Raises:
+            StoreError: the stream broke; the next sweep starts afresh.
+        """
+        self._sweeps += 1
+        start = time.perf_counter()
+        hidden = self._embedded(rows)
+        wanted = hidden[-1:] if last_only else hidden
+        logits = torch.empty((len(wanted), self.config.vocab_size), dtype=self.store.dtype)
+        ledger = None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=True)
+        steps = [
+            self._step(unit, partial(self._exact_layer, index, unit, hidden, rows, ledger))
+            for index, unit in enumerate(self.weights.layers)
+        ]
+        normed = torch.empty_like(wanted)
+        norm = Step("norm", lambda _: normed.copy_(self._normed(wanted)), streamed=False)
+        head = [
+            self._step(unit, partial(self._exact_chunk, unit, normed, logits[:, chunk.start : chunk.stop]))
+            for unit, chunk in zip(self.weights.head, self._chunks, strict=True)
+        ]
+        self.schedule.sweep([*steps, norm, *head], gap)
+        if self.timeline is not None:
+            self.timeline.span("sweep", "sweep", start, time.perf_counter(), rows=len(rows))
+        return logits  # (T, V)
+
+    def draft(self, rows: Rows) -> torch.Tensor:
+        """One pass over substitutes: logits (T, V); keys and values written for all rows."""
+        return finished(self.draft_steps(rows))
+
+    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
+        """``draft`` in pieces: yields after each layer, returns the logits."""
+        start = time.perf_counter()
+        hidden = self._embedded(rows)
+        ledger = None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=False)
+        for index, layer in enumerate(self._draft_layers):
+            self._launch(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
+            yield
+        logits = torch.empty((len(rows), self.config.vocab_size), dtype=self.store.dtype)
+        self._launch(lambda: self.weights.draft_head(self._normed(hidden), logits), "draft head")
+        if self.timeline is not None and not self.schedule.in_gap:
+            self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
+        return logits  # (T, V)
+
+    @property
+    def sweep_bytes(self) -> tuple[int, int]:
+        """Bytes that a sweep streams, and of those, how many fit the slots."""
+        return self.plan.streamed_bytes, self.plan.slots * self.plan.slot_bytes
+
+    def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
+        """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
+        if self.ledger is not None:
+            self.ledger.moved(sources, start, drafts)
+        self._launch(lambda: self.cache.move(sources, start), "commit")
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""
+        self.timeline = self.schedule.timeline = timeline
+        if self.schedule.streamer is not None:
+            self.schedule.streamer.timeline = timeline
+
+    def counters(self) -> Counters:
+        """Totals since the engine was built."""
+        streamer, gap_s = self.schedule.streamer, self.schedule.gap_s
+        if streamer is None:
+            return Counters(self._sweeps, 0, 0.0, 0.0, 0.0)
+        return Counters(self._sweeps, streamer.streamed_bytes, streamer.busy_s, streamer.wait_s, gap_s)
+
+    def close(self) -> None:
+        """Stop the readers and close the store."""
+        if self.schedule.streamer is not None:
+            self.schedule.streamer.close()
+        self._backend.close()
+        self.rows.close()
+        self.store.close()
+
+    # --- what passes are made of ---
+
+    def _norms(self, index: int) -> LayerNorms:
+        """The norm gains of a layer."""
+        return LayerNorms(
+            attention=self._small[layer_tensor(index, "input_layernorm")],
+            mlp=self._small[layer_tensor(index, "post_attention_layernorm")],
+            q=self._small.get(layer_tensor(index, "self_attn.q_norm")),
+            k=self._small.get(layer_tensor(index, "self_attn.k_norm")),
+        )
+
+    def _launch(self, work: Callable[[], object], note: str) -> None:
+        """Run on the compute stream."""
+        self._backend.launch(self._backend.compute, work, note=note)
+
+    def _embedded(self, rows: Rows) -> torch.Tensor:
+        """The rows' embeddings (T, C), launched."""
+        hidden = torch.empty((len(rows), self.config.hidden_size), dtype=self.store.dtype)
+        self._launch(lambda: self.rows.lookup(rows.tokens, hidden), "embedding")
+        return hidden
+
+    def _step(self, unit: WeightUnit, work: Callable[[torch.Tensor | None], object]) -> Step:
+        """A unit's part of a sweep."""
+        return Step(unit.name, work, streamed=unit.memory is None)
+
+    def _exact_layer(
+        self,
+        index: int,
+        unit: WeightUnit,
+        hidden: torch.Tensor,
+        rows: Rows,
+        ledger: LedgeredPass | None,
+        slot: torch.Tensor | None,
+    ) -> None:
+        """A layer of a sweep."""
+        self._layer(index, LayerProducts(*self.weights.products(unit, slot)), hidden, rows, ledger)
+
+    def _layer(
+        self,
+        index: int,
+        layer: LayerProducts | WholeLayer,
+        hidden: torch.Tensor,
+        rows: Rows,
+        ledger: LedgeredPass | None,
+    ) -> None:
+        """A layer of a pass, added into ``hidden``."""
+        self.decoder.layer(index, layer, hidden, rows, self.plan.prefill_rows)
+        if ledger is not None:
+            ledger.layer(index)
+
+    def _exact_chunk(
+        self, unit: WeightUnit, normed: torch.Tensor, logits: torch.Tensor, slot: torch.Tensor | None
+    ) -> None:
+        """A chunk of the output head of a sweep."""
+        (product,) = self.weights.products(unit, slot)
+        logits.copy_(product(normed))
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, (T, C)."""
+        return self._ops.rms_norm(hidden, self._small["model.norm.weight"], self.config.rms_norm_eps)
