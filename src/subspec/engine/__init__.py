@@ -15,6 +15,8 @@ import torch
 from subspec.engine.weights import Progress, Weights, WeightUnit
 from subspec.memory import hazards
 from subspec.memory.arena import Arena
+from subspec.memory.backend import Backend
+from subspec.memory.backend.checked import CheckedBackend
 from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.schedule import Gap, Schedule, Step
 from subspec.memory.streamer import Streamer
@@ -71,7 +73,9 @@ class Engine:
         checked = hazards.wanted()
         self.checker = hazards.HazardChecker() if checked else None
         self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
-        self._backend = ThreadBackend()
+        self._backend: Backend = ThreadBackend()
+        if self.checker is not None:
+            self._backend = CheckedBackend(self._backend, self.checker)
         self.budget = MemoryBudget(plan.budget_bytes)
         self._near = Arena(self.budget)
         self._sweeps = 0
