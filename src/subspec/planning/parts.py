@@ -80,19 +80,19 @@ def host_parts(config: ModelConfig, itemsize: int, wishes: dict[str, Any]) -> di
     """What every run behind a device pins in RAM beside staging buffers and images, in bytes.
 
     ``embedding`` is the exact table, whole: the device gathers its rows over the bus.  ``uploads`` is what
-    the host prepares for the device and hears from it: descriptions of a pass's rows with their paths,
-    twice, since the next pass is described while the last one's copy may be under way; a row of noise for
-    each position that a step may reach, and one of penalties; and of every node the guesses that the host
-    looks at.
+    the host prepares for the device: descriptions of a prompt's or a pass's rows with their paths, twice,
+    since the next pass is described while the last one's copy may be under way, and as often a row of noise
+    or penalties.  ``results`` is what it hears from it: the logits of the nodes that a sweep verifies, and
+    of every node the guesses that it looks at, twice alike.
     """
     tree, vocabulary = _tree(wishes), config.vocab_size
-    rows = max(wishes["prefill_rows"], tree.drafted)
-    described = 2 * rows * (ROW_INDICES + tree.depth + 1) * INDEX_BYTES
-    noise = (tree.depth + 2) * vocabulary * NOISE_BYTES
-    guesses = tree_slots(tree, device=True) * 2 * CANDIDATES * INDEX_BYTES
+    described = wishes["context"] * INDEX_BYTES + tree.drafted * (ROW_INDICES + tree.depth + 1) * INDEX_BYTES
+    guesses = tree_slots(tree, device=True) * (2 * CANDIDATES + ROW_INDICES) * INDEX_BYTES
+    logits = min(tree.nodes, tree.drafted) * vocabulary * itemsize
     return {
         "embedding": page_aligned(vocabulary * config.hidden_size * itemsize),
-        "uploads": page_aligned(described) + page_aligned(noise) + page_aligned(guesses),
+        "uploads": page_aligned(2 * (described + vocabulary * NOISE_BYTES)),
+        "results": page_aligned(2 * (guesses + logits)),
     }
 
 
