@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from subspec.engine.host_view import HostView
 from subspec.engine.weights import Progress, Weights, WeightUnit
 from subspec.memory import hazards
 from subspec.memory.arena import Arena
@@ -19,7 +20,7 @@ from subspec.memory.backend import Backend
 from subspec.memory.backend.checked import CheckedBackend
 from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.exchange import Exchange
-from subspec.memory.pinned import PinnedArena
+from subspec.memory.pinned import CudaRegistrar, PinnedArena
 from subspec.memory.schedule import Gap, Schedule, Step
 from subspec.memory.streamer import REQUEST_BYTES, Streamer
 from subspec.memory.tiers import MemoryBudget
@@ -98,7 +99,8 @@ class Engine:
         self._host: PinnedArena | None = None
         if plan.host_budget_bytes is not None:
             self.host_budget = MemoryBudget(plan.host_budget_bytes, "--ram")
-            self._host = PinnedArena(self.host_budget, register=self._backend.device.type == "cuda")
+            locks = self._backend.device.type == "cuda"
+            self._host = PinnedArena(self.host_budget, CudaRegistrar() if locks else None)
         self._sweeps = 0
         self.timeline: Timeline | None = None
         for purpose in ("workspace", "scratch", "norms_biases"):
@@ -120,14 +122,14 @@ class Engine:
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         streamed = self.weights.streamed()
         staging = self._staging()
-        streamer = None
-        if streamed:
-            streamer = Streamer(streamed, slots, self._backend, staging=staging, paranoid=paranoid)
-        self.schedule = Schedule(self._backend, streamer)
         self.exchange = self._exchange()
         if self._host is not None:
             self._host.pin()
         self.settle()
+        streamer = None
+        if streamed:  # it copies from pinned memory at once
+            streamer = Streamer(streamed, slots, self._backend, staging=staging, paranoid=paranoid)
+        self.schedule = Schedule(self._backend, streamer)
 
     # --- the two passes ---
 
@@ -209,6 +211,10 @@ class Engine:
     def upload(self, rows: Rows) -> Rows:
         """The same rows where passes compute."""
         return rows.mapped(self._uploaded)
+
+    def on_host(self) -> "Engine | HostView":
+        """The passes with rows and logits on the host; the engine itself where there is no device."""
+        return self if self.exchange is None else HostView(self)
 
     def run(self, work: Callable[[], object], note: str) -> None:
         """Launch ``work``, which computes in place with what passes left on the device."""

@@ -1,7 +1,7 @@
 """The weights under a plan: read, rebuilt and placed, then handed out as products.
 
-Substitutes and resident units lie in *near* memory, where the products are computed; behind a device, images of
-further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
+Substitutes and resident units lie in *near* memory, where the products are computed; behind a device, images
+of further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,6 +12,8 @@ from subspec.generation.clock import Clock
 from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
+from subspec.memory.backend.cuda import CudaBackend
+from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.timeline import Timeline, recorded
 from subspec.planning.device import AUTO, budgets_here
 from subspec.planning.hardware import measure_costs, stored_images
@@ -104,7 +106,7 @@ class LLM:
         self.config, self.name = opened.config, opened.manifest.name
         budgets.require_dtype(opened.manifest.dtype)
         self.plan: Plan = _planned(opened, request)
-        self.engine = _built(opened, self.plan, progress, paranoid)
+        self.engine = _built(opened, self.plan, self.device, progress, paranoid)
         self.tree: TreeShape | Speculator = self.plan.tree
         if self.plan.adaptive:
             self.tree = _speculator(self.plan, load_calibration(self.store_path))
@@ -231,7 +233,7 @@ class LLM:
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
-        for commit in decode(self.engine, ids, reused, sampler, shape, limit, self.engine.timeline):
+        for commit in decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline):
             known = ids + answer.token_ids + commit.tokens
             text, tokens = answer.take(commit.tokens)
             self._cached = known[:-1][: len(ids) + len(answer.token_ids)]
@@ -297,12 +299,15 @@ def _planned(store: Store, request: Request) -> Plan:
 
 
 def _built(
-    store: Store, plan: Plan, progress: Callable[[str, int, int], None] | None, paranoid: bool
+    store: Store,
+    plan: Plan,
+    device: str,
+    progress: Callable[[str, int, int], None] | None,
+    paranoid: bool,
 ) -> Engine:
-    """The engine that runs a plan."""
-    if plan.device_tier:
-        raise NotImplementedError("there is no engine for a device yet")
-    return Engine(store, plan, progress, paranoid=paranoid)
+    """The engine that runs a plan on a device."""
+    backend = CudaBackend() if device == "cuda" else ThreadBackend()
+    return Engine(store, plan, progress, paranoid=paranoid, backend=backend)
 
 
 def _speculator(plan: Plan, learnt: dict[str, dict[str, float]]) -> Speculator:

@@ -26,7 +26,7 @@ class Operations:
 
 @functools.cache
 def operations(on: torch.device) -> Operations:
-    """A CUDA device's operations; on the CPU the native ones where a library is loaded, else the references."""
+    """A CUDA device's operations; on the CPU the native ones where a library is loaded, or the references."""
     if on.type == "cuda":
         return Operations(device.attend, device.rms_norm, device.silu_mul, device.rotate_and_store)
     if kernels().library is None:
