@@ -1,9 +1,9 @@
 """The exact product, canonical: a row's result must not depend on the other rows of the call.
 
-The native kernel, and the device's own, are so by construction.  Torch's product is so only from some number of rows up, or for
-calls of one fixed row count; which, depends on the library build, the processor and the shape.  So the
-start-up check tries the model's own shapes and picks the smallest safe way (docs/method.md); ``subspec
-doctor`` shows what it found.
+The native kernel, and the device's own, are so by construction.  Torch's product is so only from some number
+of rows up, or for calls of one fixed row count; which, depends on the library build, the processor and the
+shape.  So the start-up check tries the model's own shapes and picks the smallest safe way (docs/method.md);
+``subspec doctor`` shows what it found.
 """
 
 from collections.abc import Callable, Iterable

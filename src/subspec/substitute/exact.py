@@ -1,9 +1,9 @@
 """The exact products of a unit: of plain weights, or of weights kept as substitute and residual.
 
 With the native kernels a few rows at a time are rebuilt and multiplied while they are in the cache: there is
-no full-size copy of the weight.  Without them, and on a device, the whole weight is rebuilt into scratch memory,
-so that the product has the very shape that was found row-invariant.  Either way the result has the bits of the product
-with the plain weight.
+no full-size copy of the weight.  Without them, and on a device, the whole weight is rebuilt into scratch
+memory, so that the product has the very shape that was found row-invariant.  Either way the result has the
+bits of the product with the plain weight.
 """
 
 from collections.abc import Iterable, Sequence

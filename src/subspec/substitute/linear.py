@@ -3,8 +3,8 @@
 The draft's linear layers: the decoder asks for ``x @ W.T + bias`` and gets it from the 4-bit tiles, without a
 second copy of the weights.  With a native library the product is W4A8 (``substitute_linear_reference`` says
 exactly what that is); without one the tiles are dequantized a few rows at a time and multiplied by torch; a
-CUDA device has a kernel that does the same.  The two differ by the rounding of activations to 8 bits, about 0.6 % of a
-result, which a draft can bear.  The target never comes here.
+CUDA device has a kernel that does the same.  The two differ by the rounding of activations to 8 bits, about
+0.6 % of a result, which a draft can bear.  The target never comes here.
 
 Knows nothing of how codes were chosen, where the tiles' memory comes from, or which layer this is.
 """
