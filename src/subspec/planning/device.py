@@ -158,7 +158,7 @@ def why_no_gpu() -> str:
     try:
         torch.cuda.current_device()  # asks the driver, which says what it lacks
     except (RuntimeError, AssertionError) as error:
-        return str(error).strip().split("\n")[0].rstrip(".")
+        return str(error).strip().split("\n")[0].rstrip(". ")
     return "the driver lists none"
 
 
