@@ -10,24 +10,14 @@ survives the walk is replanted as the next step's tree.
 Plain tensors and numbers: nothing here knows of streams, tiers or kernels.
 """
 
-import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 import torch
 
-from subspec.memory.exchange import Exchange, Pending
+from subspec.memory.exchange import Exchange
 from subspec.memory.schedule import Gap
-from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows
-from subspec.speculation.calibration import Calibration
-from subspec.speculation.commit import Commit, record_step
-from subspec.speculation.draft import TreeShape
-from subspec.speculation.levels import Levels
-from subspec.speculation.policy import Policy
-from subspec.speculation.sampling import Sampler
-from subspec.speculation.verify import walk
 
 
 class DevicePasses(Protocol):
