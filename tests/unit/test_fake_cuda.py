@@ -150,6 +150,7 @@ def test_memory_now_and_at_most(cuda: FakeCuda) -> None:
     two.bitwise_not_()
     assert cuda.peak_bytes == 3 * MIB
     cuda.reset_peak()
+    assert cuda.peak_bytes == 2 * MIB
     two.to(torch.float16)
     assert (cuda.vram_bytes, cuda.peak_bytes) == (2 * MIB, 6 * MIB)
 
