@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subspec.models.decoder import Rows
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.tree import DraftTree
@@ -73,7 +74,7 @@ def test_the_best_nodes_are_a_tree_and_no_better_one_is_left_out(tree: DraftTree
 def test_each_row_sees_the_prefix_its_ancestors_and_itself(tree: DraftTree, rng: random.Random) -> None:
     nodes = sorted(rng.sample(range(len(tree)), rng.randint(1, len(tree))))
     rows = tree.rows(nodes)
-    assert rows.tokens == [tree.tokens[node] for node in nodes]
+    assert rows.tokens.tolist() == [tree.tokens[node] for node in nodes]
     for row, node in enumerate(nodes):
         seen = rows.paths[row, : int(rows.path_lens[row])].tolist()
         assert seen == [tree.base + i for i in ancestors(tree, node)]
@@ -132,9 +133,9 @@ def test_a_grown_tree_has_its_shape_and_every_row_its_context(
     generator = torch.Generator().manual_seed(depth * 10 + width)
     tree, forwarded = DraftTree.rooted(3, 20), 0
 
-    def draft(rows: object) -> torch.Tensor:
+    def draft(rows: Rows) -> torch.Tensor:
         nonlocal forwarded
-        count = len(rows.tokens)  # type: ignore[attr-defined]
+        count = len(rows)
         forwarded += count
         return torch.randn((count, vocabulary), generator=generator)
 

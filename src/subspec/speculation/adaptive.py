@@ -129,7 +129,7 @@ class Speculator:
         start, before = time.perf_counter(), passes.counters()
         logits = passes.target(rows, last_only=True)
         waited_s = passes.counters().wait_s - before.wait_s
-        self.policy.times.sweep.start(len(rows.tokens), time.perf_counter() - start - waited_s)
+        self.policy.times.sweep.start(len(rows), time.perf_counter() - start - waited_s)
         return logits
 
     def commits(
