@@ -238,7 +238,45 @@ def test_a_hazard_that_work_kept_to_itself_comes_out_later() -> None:
             kept.append(error)
 
     backend.launch(backend.stream("link"), lambda: None, writes=[memory])
+    end = backend.event("end")
     backend.launch(reader, work)
+    backend.record(end, reader)
+    with pytest.raises(HazardError):
+        backend.host_wait(end)
     with pytest.raises(HazardError):
         backend.close()
-    assert kept
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_record_is_remembered_for_whoever_still_waits_for_it(seed: int) -> None:
+    checker = HazardChecker()
+    backend = CheckedBackend(SimulatedBackend(seed), checker)
+    reader, link = backend.stream("reader", host=True), backend.stream("link")
+    copied, memory = backend.event("copied"), torch.zeros(4)
+    backend.launch(link, lambda: None, writes=[memory])
+    backend.record(copied, link)
+    for _ in range(2):
+        backend.wait(reader, copied)
+        backend.launch(reader, lambda: backend.touch(reads=[memory]))
+    backend.record(copied, link)
+    backend.close()
+    assert not checker.hazards
+    assert len(checker._events) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_later_record_does_not_stand_for_an_earlier_one(seed: int) -> None:
+    checker = HazardChecker(collect=True)
+    backend = CheckedBackend(SimulatedBackend(seed), checker)
+    reader, link = backend.stream("reader", host=True), backend.stream("link")
+    copied, early, late = backend.event("copied"), torch.zeros(4), torch.zeros(4)
+    backend.launch(link, lambda: None, writes=[early])
+    backend.record(copied, link)
+    backend.wait(reader, copied)
+    backend.launch(reader, lambda: backend.touch(reads=[early]))
+    backend.launch(reader, lambda: backend.touch(reads=[late]))
+    backend.launch(link, lambda: None, writes=[late])
+    backend.record(copied, link)
+    backend.close()
+    assert [hazard.first.start for hazard in checker.hazards] == [late.data_ptr()]
