@@ -25,5 +25,9 @@ class BudgetError(SubspecError):
     """A memory budget that cannot hold the model's minimum."""
 
 
+class PinningError(SubspecError):
+    """Host memory that the device's driver does not lock."""
+
+
 class ContextError(SubspecError):
     """A prompt that does not fit the context."""

@@ -314,9 +314,9 @@ def test_a_commit_that_keeps_what_a_draft_wrote_raises(start: int) -> None:
         made.swept(layer, [5, 7])
     made.drafted(2, [7])
     with pytest.raises(InexactError, match="keeps slot 7 of layer 2, which a draft wrote"):
-        made.moved([5, 7], start)
+        made.moved([5, 7], [start, start + 1])
     made.swept(2, [7])
-    made.moved([5, 7], start)
+    made.moved([5, 7], [start, start + 1])
     made.read_exact(0, [start, start + 1])
 
 
@@ -325,7 +325,7 @@ def test_what_a_commit_overwrites_is_exact() -> None:
     for layer in range(3):
         made.drafted(layer, [4])
         made.swept(layer, [6])
-    made.moved([6], 4)
+    made.moved([6], [4])
     made.read_exact(2, range(5))
 
 

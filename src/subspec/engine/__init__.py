@@ -12,14 +12,17 @@ from functools import partial
 
 import torch
 
+from subspec.engine.host_view import HostView
 from subspec.engine.weights import Progress, Weights, WeightUnit
 from subspec.memory import hazards
 from subspec.memory.arena import Arena
 from subspec.memory.backend import Backend
 from subspec.memory.backend.checked import CheckedBackend
 from subspec.memory.backend.threads import ThreadBackend
+from subspec.memory.exchange import Exchange
+from subspec.memory.pinned import CudaRegistrar, PinnedArena
 from subspec.memory.schedule import Gap, Schedule, Step
-from subspec.memory.streamer import Streamer
+from subspec.memory.streamer import REQUEST_BYTES, Streamer
 from subspec.memory.tiers import MemoryBudget
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows, WholeLayer, finished
@@ -30,6 +33,7 @@ from subspec.planning.plan import Plan
 from subspec.store.layout import head_chunks, layer_tensor
 from subspec.store.reader import Store
 from subspec.store.rows import EmbeddingRows
+from subspec.store.table import EmbeddingTable
 from subspec.substitute.fused import draft_layer
 
 __all__ = ["Counters", "Engine", "Progress"]
@@ -60,44 +64,71 @@ class Engine:
         plan: what to keep where.
         progress: called with (task, done, total) while loading.
         paranoid: verify checksums on every read.
+        backend: what runs it, closed with the engine; default: the CPU's threads.
 
     Attributes:
+        budget: of the memory where it computes; ``host_budget``: of RAM behind a device, or None.
         checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
+        exchange: what host and device tell each other; None where there is no device.
         timeline: where passes and reads are recorded at present; set by ``trace``.
+
+    Raises:
+        StoreError: an image is damaged or cannot be read.
+        PinningError: the driver does not lock the memory behind a device.
     """
 
     def __init__(
-        self, store: Store, plan: Plan, progress: Progress | None = None, *, paranoid: bool = False
+        self,
+        store: Store,
+        plan: Plan,
+        progress: Progress | None = None,
+        *,
+        paranoid: bool = False,
+        backend: Backend | None = None,
     ) -> None:
         self.store, self.plan, self.config = store, plan, store.config
         checked = hazards.wanted()
         self.checker = hazards.HazardChecker() if checked else None
         self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
-        self._backend: Backend = ThreadBackend()
+        self._backend = backend or ThreadBackend()
         if self.checker is not None:
             self._backend = CheckedBackend(self._backend, self.checker)
-        self.budget = MemoryBudget(plan.budget_bytes)
-        self._near = Arena(self.budget)
+        self.budget = MemoryBudget(plan.budget_bytes, "--vram" if plan.device_tier else "--memory")
+        self._near = Arena(self.budget, self._backend.device)
+        self.host_budget: MemoryBudget | None = None
+        self._host: PinnedArena | None = None
+        if plan.host_budget_bytes is not None:
+            self.host_budget = MemoryBudget(plan.host_budget_bytes, "--ram")
+            locks = self._backend.device.type == "cuda"
+            self._host = PinnedArena(self.host_budget, CudaRegistrar() if locks else None)
         self._sweeps = 0
         self.timeline: Timeline | None = None
-        self.budget.take("workspace", plan.parts["workspace"])
-        self.budget.take("norms_biases", plan.parts["norms_biases"])
-        self._small = store.small_tensors()
-        checksums = self._small.pop("embedding.crc32")
-        self.rows = EmbeddingRows(store, checksums, plan.cache_rows, self._near)
+        for purpose in ("workspace", "scratch", "norms_biases"):
+            self.budget.take(purpose, plan.parts.get(purpose, 0))
+        small = store.small_tensors()
+        checksums = small.pop("embedding.crc32")
+        self._small = {name: value.to(self._backend.device) for name, value in small.items()}
+        self.rows = self._embedding(checksums)
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._near)
         norms = [self._norms(index) for index in range(self.config.layers)]
         self.decoder = Decoder(self.config, norms, self.cache)
-        self._ops = operations()
+        self._ops = operations(self._backend.device)
         slots = [self._near.bytes("slots", plan.slot_bytes) for _ in range(plan.slots)]
-        self.weights = Weights(store, plan, self._near, None, self._small, slots, progress)
+        self.weights = Weights(store, plan, self._near, self._host, self._small, slots, progress)
         self._draft_layers = [
             draft_layer(products, setting)
             for products, setting in zip(self.weights.draft_layers, self.decoder.settings, strict=True)
         ]
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         streamed = self.weights.streamed()
-        streamer = Streamer(streamed, slots, self._backend, paranoid=paranoid) if streamed else None
+        staging = self._staging()
+        self.exchange = self._exchange()
+        if self._host is not None:
+            self._host.pin()
+        self.settle()
+        streamer = None
+        if streamed:  # it copies from pinned memory at once
+            streamer = Streamer(streamed, slots, self._backend, staging=staging, paranoid=paranoid)
         self.schedule = Schedule(self._backend, streamer)
 
     # --- the two passes ---
@@ -118,7 +149,7 @@ class Engine:
         start = time.perf_counter()
         hidden = self._embedded(rows)
         wanted = hidden[-1:] if last_only else hidden
-        logits = torch.empty((len(wanted), self.config.vocab_size), dtype=self.store.dtype)
+        logits = self._logits(len(wanted))
         ledger = None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=True)
         steps = [
             self._step(unit, partial(self._exact_layer, index, unit, hidden, rows, ledger))
@@ -147,7 +178,7 @@ class Engine:
         for index, layer in enumerate(self._draft_layers):
             self._launch(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
-        logits = torch.empty((len(rows), self.config.vocab_size), dtype=self.store.dtype)
+        logits = self._logits(len(rows))
         self._launch(lambda: self.weights.draft_head(self._normed(hidden), logits), "draft head")
         if self.timeline is not None and not self.schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
@@ -160,9 +191,39 @@ class Engine:
 
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
         """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
+        self.relocate(sources, list(range(start, start + len(sources))), drafts)
+
+    def relocate(self, sources: list[int], targets: list[int], drafts: int = 0) -> None:
+        """Move each cache slot of ``sources`` to its one of ``targets``, all at once; slots may be in both.
+
+        Args:
+            sources: slots, the last ``drafts`` of them a draft's.
+            targets: distinct slots.
+            drafts: how many are a draft's.
+        """
         if self.ledger is not None:
-            self.ledger.moved(sources, start, drafts)
-        self._launch(lambda: self.cache.move(sources, start), "commit")
+            self._launch(partial(self.ledger.moved, sources, targets, drafts), "commit")
+        moved = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1]]
+        if moved:
+            origin, target = (self._uploaded(torch.tensor(column)) for column in zip(*moved, strict=True))
+            self._launch(partial(self.cache.move, origin, target), "commit")
+
+    def upload(self, rows: Rows) -> Rows:
+        """The same rows where passes compute."""
+        return rows.mapped(self._uploaded)
+
+    def on_host(self) -> "Engine | HostView":
+        """The passes with rows and logits on the host; the engine itself where there is no device."""
+        return self if self.exchange is None else HostView(self)
+
+    def run(self, work: Callable[[], object], note: str) -> None:
+        """Launch ``work``, which computes in place with what passes left on the device."""
+        self._launch(work, note)
+
+    def settle(self) -> None:
+        """Wait for a device to finish what was done outside of launches, such as the making of tensors."""
+        if self._backend.device.type == "cuda":
+            torch.cuda.synchronize(self._backend.device)
 
     def trace(self, timeline: Timeline | None) -> None:
         """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""
@@ -178,14 +239,43 @@ class Engine:
         return Counters(self._sweeps, streamer.streamed_bytes, streamer.busy_s, streamer.wait_s, gap_s)
 
     def close(self) -> None:
-        """Stop the readers and close the store."""
-        if self.schedule.streamer is not None:
-            self.schedule.streamer.close()
-        self._backend.close()
-        self.rows.close()
-        self.store.close()
+        """Stop the readers, give the memory behind a device back, and close the store."""
+        try:
+            if self.schedule.streamer is not None:
+                self.schedule.streamer.close()
+            self._backend.close()
+        finally:
+            self.rows.close()
+            self.store.close()
+            if self._host is not None:
+                self._host.close()
 
     # --- what passes are made of ---
+
+    def _embedding(self, checksums: torch.Tensor) -> EmbeddingRows | EmbeddingTable:
+        """Where rows of the input embedding are looked up."""
+        if self._host is not None:
+            return EmbeddingTable(self.store, self._host)
+        return EmbeddingRows(self.store, checksums, self.plan.cache_rows, self._near)
+
+    def _staging(self) -> list[torch.Tensor]:
+        """Pinned buffers that units from disk pass through on their way to a device."""
+        size = self.plan.host_parts.get("staging", 0)
+        if self._host is None or not size:
+            return []
+        return list(torch.split(self._host.bytes("staging", size), REQUEST_BYTES))
+
+    def _exchange(self) -> Exchange | None:
+        """Pinned buffers for what host and device tell each other."""
+        if self._host is None:
+            return None
+        parts = self.plan.host_parts
+        up, down = (self._host.bytes(purpose, parts[purpose]) for purpose in ("uploads", "results"))
+        return Exchange(self._backend, up, down)
+
+    def _uploaded(self, values: torch.Tensor) -> torch.Tensor:
+        """Host values where passes compute."""
+        return values if self.exchange is None else self.exchange.sent(values)
 
     def _norms(self, index: int) -> LayerNorms:
         """The norm gains of a layer."""
@@ -202,9 +292,15 @@ class Engine:
 
     def _embedded(self, rows: Rows) -> torch.Tensor:
         """The rows' embeddings (T, C), launched."""
-        hidden = torch.empty((len(rows), self.config.hidden_size), dtype=self.store.dtype)
+        shape, device = (len(rows), self.config.hidden_size), self._backend.device
+        hidden = torch.empty(shape, dtype=self.store.dtype, device=device)
         self._launch(lambda: self.rows.lookup(rows.tokens, hidden), "embedding")
         return hidden
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        """Memory for logits (T, V)."""
+        shape, device = (rows, self.config.vocab_size), self._backend.device
+        return torch.empty(shape, dtype=self.store.dtype, device=device)
 
     def _step(self, unit: WeightUnit, work: Callable[[torch.Tensor | None], object]) -> Step:
         """A unit's part of a sweep."""

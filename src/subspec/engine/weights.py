@@ -1,7 +1,7 @@
 """The weights under a plan: read, rebuilt and placed, then handed out as products.
 
-Substitutes and resident units lie in *near* memory, where the products are computed; on a device, images of
-further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
+Substitutes and resident units lie in *near* memory, where the products are computed; behind a device, images
+of further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class Weights:
         store: the prepared model.
         plan: what to keep where.
         near: memory on the device that computes.
-        host: pinned memory for images that rest beside a device; None: near memory is host memory.
+        host: pinned memory for images that rest behind a device; None: near memory is host memory.
         small: norms and biases by name, on the device.
         slots: near memory that is not in use yet.
         progress: called with (task, done, total).
@@ -253,11 +253,11 @@ class Weights:
         place.copy_(weights)
 
     def _load_images(self) -> dict[str, torch.Tensor]:
-        """Read the images that rest in host memory beside a device; by name."""
+        """Read the images that rest in host memory behind a device; by name."""
         if self._host is None:
             return {}
-        names = [layer_file(index, self._store.form) for index in self._plan.host_layers]  # type: ignore[attr-defined]
-        names += [head_file(index, self._store.form) for index in self._plan.host_chunks]  # type: ignore[attr-defined]
+        names = [layer_file(index, self._store.form) for index in self._plan.host_layers]
+        names += [head_file(index, self._store.form) for index in self._plan.host_chunks]
         records = self._store.manifest.files
         sizes = [records[name].n_bytes for name in names]
         memory = torch.split(self._host.bytes("images", sum(sizes)), sizes) if names else ()

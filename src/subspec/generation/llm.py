@@ -12,8 +12,10 @@ from subspec.generation.clock import Clock
 from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
-from subspec.memory.tiers import default_budget, parse_size
+from subspec.memory.backend.cuda import CudaBackend
+from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.timeline import Timeline, recorded
+from subspec.planning.device import AUTO, budgets_here
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.adaptive import Speculator
@@ -35,7 +37,8 @@ class LLM:
 
     Args:
         model: a Hugging Face directory, a GGUF file, a hub id, ``demo``, or a prepared store.
-        memory: bound on everything the engine holds: ``"1.5GiB"``, bytes, or ``"auto"``.
+        memory: bound on everything the engine holds: ``"1.5GiB"``, bytes, or ``"auto"``; on a device the
+            same as ``vram``.
         context: most tokens of prompt and text together; default 4096 or the model's limit.
         mode: ``speculative``, or ``plain``: the same engine with a one-node tree, and the same tokens.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
@@ -50,9 +53,14 @@ class LLM:
         store: where the prepared model lies or goes; default: under the user's cache directory.
         prefill_chunk: prompt rows that go through a layer at once.
         progress: called with (task, done, total) while preparing and loading.
+        vram: bound on what is held in a CUDA device's memory; default: what is free, but for a reserve.
+        ram: bound on what is pinned in RAM behind a device; default: 60 % of what is free at most.
+        device: ``auto``: a CUDA device if there is one, else the CPU; ``cpu``; ``cuda``; or ``emulated``: the
+            CPU with a part of RAM in the place of VRAM.
 
     Attributes:
-        plan: what the budget is spent on.
+        plan: what the budgets are spent on.
+        device: ``cpu``, ``cuda`` or ``emulated``.
         tree: what drafts: a ``Speculator``, or the fixed tree that was asked for.  May be set to another
             tree within the plan's bounds.
         config: the model's configuration.
@@ -82,16 +90,23 @@ class LLM:
         store: str | Path | None = None,
         prefill_chunk: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        device: str = AUTO,
     ) -> None:
         self.mode = _checked_mode(mode)
-        budget = default_budget() if memory == "auto" else parse_size(memory)
-        request = Request(budget, context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
+        budgets = budgets_here(device, memory, vram, ram)
+        budgets.require_dtype(dtype)
+        self.device = budgets.device
+        wishes = (context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
+        request = Request(budgets.fast_bytes, *wishes, budgets.host_bytes)
         place = Path(store) if store else None
         self.store_path = prepare(model, store=place, dtype=dtype, stream=stream, progress=progress)
         opened = Store(self.store_path)
         self.config, self.name = opened.config, opened.manifest.name
+        budgets.require_dtype(opened.manifest.dtype)
         self.plan: Plan = _planned(opened, request)
-        self.engine = Engine(opened, self.plan, progress, paranoid=paranoid)
+        self.engine = _built(opened, self.plan, self.device, progress, paranoid)
         self.tree: TreeShape | Speculator = self.plan.tree
         if self.plan.adaptive:
             self.tree = _speculator(self.plan, load_calibration(self.store_path))
@@ -218,7 +233,7 @@ class LLM:
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
-        for commit in decode(self.engine, ids, reused, sampler, shape, limit, self.engine.timeline):
+        for commit in decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline):
             known = ids + answer.token_ids + commit.tokens
             text, tokens = answer.take(commit.tokens)
             self._cached = known[:-1][: len(ids) + len(answer.token_ids)]
@@ -278,9 +293,21 @@ def _planned(store: Store, request: Request) -> Plan:
     small_bytes = store.manifest.files["small.safetensors"].n_bytes
     sizes = store.config, store.dtype.itemsize, small_bytes, request, stored_images(store)
     plan = make_plan(*sizes)
-    if store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
-        return plan
+    if plan.device_tier or store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
+        return plan  # the trial is of the CPU's kernels: it says nothing of a device's
     return make_plan(*sizes, measure_costs(store))
+
+
+def _built(
+    store: Store,
+    plan: Plan,
+    device: str,
+    progress: Callable[[str, int, int], None] | None,
+    paranoid: bool,
+) -> Engine:
+    """The engine that runs a plan on a device."""
+    backend = CudaBackend() if device == "cuda" else ThreadBackend()
+    return Engine(store, plan, progress, paranoid=paranoid, backend=backend)
 
 
 def _speculator(plan: Plan, learnt: dict[str, dict[str, float]]) -> Speculator:

@@ -90,14 +90,12 @@ class Rows:
 
     def chunk(self, start: int, stop: int) -> "Rows":
         """Rows start … stop − 1, as views."""
-        return Rows(
-            self.tokens[start:stop],
-            self.positions[start:stop],
-            self.slots[start:stop],
-            self.prefix[start:stop],
-            self.paths[start:stop],
-            self.path_lens[start:stop],
-        )
+        return self.mapped(lambda part: part[start:stop])
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        """Rows whose every tensor went through ``change``."""
+        parts = (self.tokens, self.positions, self.slots, self.prefix, self.paths, self.path_lens)
+        return Rows(*map(change, parts))
 
 
 class WholeLayer(Protocol):
@@ -138,8 +136,9 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, norms: list[LayerNorms], cache: KVCache) -> None:
-        self._ops = operations()
-        cos, sin = rope_tables(config.rope, config.head_dim, cache.slots)
+        device = cache.keys.device
+        self._ops = operations(device)
+        cos, sin = (part.to(device) for part in rope_tables(config.rope, config.head_dim, cache.slots))
         heads, eps, scale = config.heads, config.rms_norm_eps, config.head_dim**-0.5
         self.settings = [
             LayerSetting(gains, *cache.layer(index), cos, sin, heads, eps, scale)

@@ -44,12 +44,12 @@ class KVLedger:
         """
         self._require_exact(layer, slots, "a sweep attends to")
 
-    def moved(self, sources: Sequence[int], start: int, drafts: int = 0) -> None:
-        """A commit keeps slots ``sources`` and moves them to ``start`` and on, in all layers.
+    def moved(self, sources: Sequence[int], targets: Sequence[int], drafts: int = 0) -> None:
+        """A commit keeps slots ``sources`` and moves each to its one of ``targets``, in all layers.
 
         Args:
             sources: its slots, the last ``drafts`` of them a draft's, kept for the next tree.
-            start: where the first one goes.
+            targets: where they go.
             drafts: how many are a draft's.
 
         Raises:
@@ -59,8 +59,8 @@ class KVLedger:
         for layer in range(len(self._writers)):
             self._require_exact(layer, sources[:exact], "a commit keeps")
         for layer in range(len(self._writers)):
-            self.swept(layer, range(start, start + exact))
-            self.drafted(layer, range(start + exact, start + len(sources)))
+            self.swept(layer, targets[:exact])
+            self.drafted(layer, targets[exact:])
 
     def _wrote(self, layer: int, slots: Iterable[int], writer: int) -> None:
         """Note the writer of some slots."""

@@ -1,9 +1,9 @@
 """The exact products of a unit: of plain weights, or of weights kept as substitute and residual.
 
 With the native kernels a few rows at a time are rebuilt and multiplied while they are in the cache: there is
-no full-size copy of the weight.  Without them the whole weight is rebuilt into scratch memory, so that the
-product has the very shape that was found row-invariant.  Either way the result has the bits of the product
-with the plain weight.
+no full-size copy of the weight.  Without them, and on a device, the whole weight is rebuilt into scratch
+memory, so that the product has the very shape that was found row-invariant.  Either way the result has the
+bits of the product with the plain weight.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from subspec.kernels import device
 from subspec.kernels.native import kernels
 from subspec.kernels.residual import residual_kernels
 from subspec.models.decoder import RowProduct
@@ -85,4 +86,8 @@ class UnitProducts:
             return native.linear(x, residual, tiles, matrix.n, bias)
         assert self._scratch is not None
         (weight,) = plain_matrices(self._scratch, [matrix], self._dtype)
-        return self._product(x, decode_rows(residual, tiles, matrix.n, weight), bias)
+        if weight.device.type == "cuda":
+            device.decode_residual(residual, tiles, matrix.n, matrix.k, weight)
+        else:
+            decode_rows(residual, tiles, matrix.n, weight)
+        return self._product(x, weight, bias)

@@ -124,6 +124,10 @@ class CheckedBackend:
         assert not writes, f"{note}: on a thread the work itself says what it writes"
         self._in_turn(stream, lambda actor: self._work_as(actor, work), note)
 
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """As the wrapped backend does; whoever launches the result says its accesses."""
+        return self._inner.capture(work)
+
     def host_wait(self, event: Event) -> None:
         """Wait, then tell of the edge to the caller.
 

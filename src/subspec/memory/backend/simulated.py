@@ -153,6 +153,10 @@ class SimulatedBackend:
         self._enqueue(stream, f"launch {note}", work)
         self._run_ahead()
 
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The work itself: what it does is simulated as it is launched."""
+        return work
+
     def host_wait(self, event: Event) -> None:
         """Step the simulation until the newest record is reached.
 
