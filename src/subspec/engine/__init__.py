@@ -22,7 +22,7 @@ from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.exchange import Exchange
 from subspec.memory.pinned import CudaRegistrar, PinnedArena
 from subspec.memory.schedule import Gap, Schedule, Step
-from subspec.memory.streamer import REQUEST_BYTES, Streamer
+from subspec.memory.streamer import REQUEST_BYTES, STAGING_BUFFERS, THREADS, Streamer
 from subspec.memory.tiers import MemoryBudget
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows, WholeLayer, finished
@@ -128,7 +128,10 @@ class Engine:
         self.settle()
         streamer = None
         if streamed:  # it copies from pinned memory at once
-            streamer = Streamer(streamed, slots, self._backend, staging=staging, paranoid=paranoid)
+            size = len(staging[0]) if staging else REQUEST_BYTES
+            streamer = Streamer(
+                streamed, slots, self._backend, staging=staging, request_bytes=size, paranoid=paranoid
+            )
         self.schedule = Schedule(self._backend, streamer)
 
     # --- the two passes ---
@@ -263,7 +266,8 @@ class Engine:
         size = self.plan.host_parts.get("staging", 0)
         if self._host is None or not size:
             return []
-        return list(torch.split(self._host.bytes("staging", size), REQUEST_BYTES))
+        count = THREADS * STAGING_BUFFERS
+        return list(torch.split(self._host.bytes("staging", size), size // count))
 
     def _exchange(self) -> Exchange | None:
         """Pinned buffers for what host and device tell each other."""

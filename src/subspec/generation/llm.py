@@ -14,13 +14,14 @@ from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
 from subspec.memory.backend.cuda import CudaBackend
 from subspec.memory.backend.threads import ThreadBackend
+from subspec.memory.exhausted import exhausted
 from subspec.memory.timeline import Timeline, recorded
 from subspec.planning.device import AUTO, budgets_here
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.adaptive import Speculator
 from subspec.speculation.calibration import calibrations
-from subspec.speculation.decode import decode
+from subspec.speculation.decode import Commit, decode
 from subspec.speculation.draft import TreeShape
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler, SamplingParams
@@ -233,7 +234,8 @@ class LLM:
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
-        for commit in decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline):
+        commits = decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline)
+        for commit in _explained(commits, self.engine):
             known = ids + answer.token_ids + commit.tokens
             text, tokens = answer.take(commit.tokens)
             self._cached = known[:-1][: len(ids) + len(answer.token_ids)]
@@ -246,6 +248,16 @@ class LLM:
             clock.resume()
             if turn != self._turn:
                 raise OptionError("this text cannot go on: another one was begun, or the model was closed")
+
+
+def _explained(commits: Iterator[Commit], engine: Engine) -> Iterator[Commit]:
+    """The commits; a device that runs out of memory meanwhile is explained."""
+    while True:
+        with exhausted(engine.budget):
+            commit = next(commits, None)
+        if commit is None:
+            return
+        yield commit
 
 
 @dataclass

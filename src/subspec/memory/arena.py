@@ -10,6 +10,7 @@ import mmap
 
 import torch
 
+from subspec.memory.exhausted import exhausted
 from subspec.memory.tiers import MemoryBudget, page_aligned
 
 
@@ -29,10 +30,12 @@ class Arena:
 
         Raises:
             BudgetError: the budget cannot hold it.
+            DeviceMemoryError: the device cannot, although the budget can.
         """
         size = max(page_aligned(n_bytes), mmap.PAGESIZE)
         self.budget.take(purpose, size)
-        return place_bytes(size, self.device)
+        with exhausted(self.budget):
+            return place_bytes(size, self.device)
 
     def tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor of ``shape``; raises as ``bytes`` does."""

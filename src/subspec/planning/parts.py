@@ -6,7 +6,7 @@ Knows nothing of budgets.
 
 from typing import Any
 
-from subspec.memory.streamer import REQUEST_BYTES, THREADS
+from subspec.memory.streamer import REQUEST_BYTES, STAGING_BUFFERS, THREADS
 from subspec.memory.tiers import MIB, page_aligned
 from subspec.models.config import ModelConfig
 from subspec.models.kv_cache import cache_bytes
@@ -19,7 +19,9 @@ from subspec.substitute.layout import tile_bytes
 EMBEDDING_CACHE_BYTES = 8 * MIB
 NOISE_BYTES = 4  # a position's noise, per vocabulary entry
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
-STAGING_BYTES = 2 * THREADS * REQUEST_BYTES  # each reader fills one buffer while its other one is copied
+STAGING_BYTES = (
+    STAGING_BUFFERS * THREADS * REQUEST_BYTES
+)  # each reader fills one buffer while its other one is copied
 INDEX_BYTES = 8
 ROW_INDICES = 5  # a row's token, position, slot, prefix length and path length; its path comes on top
 THIRD_SLOT_SHARE = 0.05
