@@ -39,6 +39,7 @@ from subspec.memory.backend import Event, Stream
 
 aten = torch.ops.aten
 _COPIES = (aten.copy_.default, aten._to_copy.default, aten.clone.default)
+_READ_PINNED_MEMORY = ("subspec::gather_rows",)  # over the bus, by its unified address
 _CUDA_DEVICE_TYPE = 1  # c10::DeviceType::CUDA
 _GUARD_REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 _TORCH, _THIS = str(Path(torch.__file__).parent), str(Path(__file__))
@@ -189,7 +190,7 @@ class _Split(TorchDispatchMode):
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cuda").type == "cpu":
             with unset_fake_temporarily():
                 return self._value(args[0]).to(kwargs.get("dtype") or args[0].dtype)
-        if func not in _COPIES:
+        if func not in _COPIES and func.name() not in _READ_PINNED_MEMORY:
             self._refuse_host_operands(func, tree_leaves((args, kwargs)))
         return self._enter(self._run(func, args, kwargs))
 
