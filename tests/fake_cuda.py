@@ -248,6 +248,9 @@ class FakeCudaBackend:
     def event(self, name: str) -> Event:
         return Event(name)
 
+    def settle(self) -> None:
+        """Everything is done."""
+
     def record(self, event: Event, stream: Stream) -> None:
         """Reached at once."""
 

@@ -1,14 +1,19 @@
 """Which device computes and with what budgets, from facts of machines that are not here."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import write_tiny
 
+from subspec import LLM
 from subspec.errors import OptionError
+from subspec.generation import llm as llm_module
 from subspec.memory.tiers import GIB, MIB, default_memory, default_ram, default_vram
 from subspec.planning import device as room
 from subspec.planning.device import Budgets, GpuFacts, budgets_here, choose_device, gpu_facts, why_no_gpu
+from subspec.planning.plan import Plan
 
 ADA = GpuFacts("Ada", (8, 9), free_bytes=10 * GIB, total_bytes=12 * GIB, bf16=True)
 TURING = GpuFacts("Turing", (7, 5), free_bytes=5 * GIB, total_bytes=6 * GIB, bf16=False)
@@ -106,6 +111,28 @@ def test_a_gpu_is_looked_for_only_where_one_may_be_used(monkeypatch: pytest.Monk
     assert budgets_here("emulated", GIB, None, GIB) == Budgets("emulated", GIB, GIB)
     assert asked == []
     assert budgets_here("auto", GIB, None, GIB) == Budgets("cuda", GIB, GIB, ADA)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_public_api_plans_with_the_budgets_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+
+    def build(store: object, plan: Plan, *_: object) -> None:
+        plans.append(plan)
+        raise OptionError("planned")
+
+    monkeypatch.setattr(llm_module, "_built", build)
+    model = write_tiny(tmp_path / "model", "qwen2", torch.bfloat16)
+    given: dict[str, Any] = {"store": tmp_path / "store", "context": 64}
+    with pytest.raises(OptionError, match="planned"):
+        LLM(model, device="emulated", vram="90MiB", ram="80MiB", **given)
+    monkeypatch.setattr(room, "gpu_facts", lambda: TURING)
+    with pytest.raises(OptionError, match=r"Turing \(sm_75\)"):
+        LLM(model, ram="80MiB", **given)
+    (plan,) = plans
+    assert (plan.budget_bytes, plan.host_budget_bytes, plan.context) == (90 * MIB, 80 * MIB, 64)
 
 
 def test_a_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,12 @@ def test_units_that_rest_are_spread_over_the_sweep() -> None:
     assert (resting.layers, resting.chunks) == ((0, 4, 6), (0,))
 
 
+def test_more_units_that_are_fewer_bytes_do_not_rest() -> None:
+    units = Images((10, 10, 90, 10, 10), (), 90, ())
+    resting = choose_resting(units, Residents((), 0, (), 0), 100)
+    assert resting.layers == (0, 2)  # and not the three of 10 that are more evenly spread
+
+
 @pytest.mark.parametrize(
     ("own", "seconds"),
     [

@@ -61,10 +61,10 @@ def plan(
     return make_plan(model, 2, SMALL_BYTES, request, images, costs)
 
 
-def least(option: str, store: tuple[ModelConfig, Images], **budget: int) -> int:
+def least(option: str, store: tuple[ModelConfig, Images], vram: int = HUGE, ram: int = HUGE) -> int:
     """The bytes that the error of a hopeless budget says would do; it names the option."""
     with pytest.raises(BudgetError, match=f"raise {option} to at least") as caught:
-        plan(store, **budget)
+        plan(store, vram, ram)
     (mib,) = re.findall(r"at least (\d+)MiB", str(caught.value))
     return int(mib) * MIB
 
@@ -139,14 +139,17 @@ def test_the_least_ram_is_least_to_the_byte(store: tuple[ModelConfig, Images], o
 REAL = BIG, plain_images(BIG, 2)
 
 
-@pytest.mark.parametrize(("option", "other"), [("--vram", {"ram": HUGE}), ("--ram", {"vram": 2500 * MIB})])
-def test_the_error_of_a_small_budget_names_the_option_and_a_size_that_does(
-    option: str, other: dict[str, int]
-) -> None:
-    name = option.strip("-")
-    enough = least(option, REAL, **{name: 1, **other})
-    plan(REAL, **{name: enough, **other})
-    assert least(option, REAL, **{name: enough - MIB, **other}) == enough
+def test_the_error_of_a_small_vram_names_a_size_that_does() -> None:
+    enough = least("--vram", REAL, vram=1)
+    plan(REAL, enough)
+    assert least("--vram", REAL, vram=enough - MIB) == enough
+
+
+def test_the_error_of_a_small_ram_names_a_size_that_does() -> None:
+    vram = some_vram(REAL, 20)
+    enough = least("--ram", REAL, vram, ram=1)
+    plan(REAL, vram, enough)
+    assert least("--ram", REAL, vram, enough - MIB) == enough
 
 
 def test_what_rests_in_ram_is_evenly_spread_over_the_sweep() -> None:
@@ -167,6 +170,14 @@ def test_without_disk_there_is_no_staging_and_one_byte_less_needs_it() -> None:
     less = plan(REAL, vram, whole - 1)
     assert less.disk_bytes >= max(less.slot_bytes // 2, 1)
     assert less.host_parts["staging"] > 0
+
+
+def test_staging_takes_its_room_before_images_do() -> None:
+    vram = some_vram(REAL, 20)
+    ram = some_ram(REAL, vram, 100) - REAL[1].chunks[-1]  # what all but the last unit would fill
+    made = plan(REAL, vram, ram)
+    assert made.host_held_bytes <= ram
+    assert made.host_parts["staging"] == SMALL_STAGING
 
 
 def test_what_all_stays_in_vram_leaves_ram_to_the_embedding() -> None:
