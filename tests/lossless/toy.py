@@ -69,17 +69,17 @@ def drawn(seed: int) -> Case:
     n_units = rng.randint(1, 4)
     broken = rng.randint(0, n_units), rng.choice(HOW)
     choices: list[Act] = ["sweep", "fail", broken, broken]
-    acts = rng.choices(choices, k=rng.choice([1, 1, 1, 2]))
+    acts = rng.choices(choices, k=rng.choice([1] * 7 + [2]))
     images = rng.choice([(True,) * n_units, (False,) * n_units, tuple(rng.choices([True, False], k=n_units))])
     return Case(
         slots=rng.randint(1, 4),
-        units=tuple(rng.randint(1, 3) for _ in range(n_units)),
+        units=tuple(rng.choice([1, 1, 2, 3]) for _ in range(n_units)),
         images=images,
         staged=rng.random() < 0.7,
         acts=(*acts, "sweep"),
         threads=rng.randint(1, 2),
         paranoid=rng.random() < 0.3,
-        sends=rng.choice([0, 0, 0, 3]),
+        sends=rng.choice([0] * 7 + [3]),
     )
 
 
