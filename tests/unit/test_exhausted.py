@@ -26,7 +26,7 @@ def test_the_numbers_and_the_remedy() -> None:
     assert "the engine holds 5.00GiB (kv cache 1.00GiB, substitutes 4.00GiB)" in text
     assert "of its 8.00GiB, 2.90GiB are with CUDA" in text
     assert "100.00MiB are free" in text
-    assert "lower --vram from 7.00GiB to 6.50GiB, or --context" in text
+    assert "lower --vram from 7.00GiB to 6.50GiB, or lower --context" in text
     assert "free" not in explanation(budget, None, None)
 
 

@@ -89,7 +89,8 @@ class Engine:
         self.store, self.plan, self.config = store, plan, store.config
         checked = hazards.wanted()
         self.checker = hazards.HazardChecker() if checked else None
-        self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked else None
+        on_cpu = backend is None or backend.device.type == "cpu"  # what a device's rows say, only it knows
+        self.ledger = KVLedger(self.config.layers, plan.cache_slots) if checked and on_cpu else None
         self._backend = backend or ThreadBackend()
         if self.checker is not None:
             self._backend = CheckedBackend(self._backend, self.checker)
@@ -102,6 +103,7 @@ class Engine:
             locks = self._backend.device.type == "cuda"
             self._host = PinnedArena(self.host_budget, CudaRegistrar() if locks else None)
         self._sweeps = 0
+        self._captured: dict[object, Callable[[], object]] = {}
         self.timeline: Timeline | None = None
         for purpose in ("workspace", "scratch", "norms_biases"):
             self.budget.take(purpose, plan.parts.get(purpose, 0))
@@ -153,7 +155,7 @@ class Engine:
         hidden = self._embedded(rows)
         wanted = hidden[-1:] if last_only else hidden
         logits = self._logits(len(wanted))
-        ledger = None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=True)
+        ledger = self._entered(rows, exact=True)
         steps = [
             self._step(unit, partial(self._exact_layer, index, unit, hidden, rows, ledger))
             for index, unit in enumerate(self.weights.layers)
@@ -177,7 +179,7 @@ class Engine:
         """``draft`` in pieces: yields after each layer, returns the logits."""
         start = time.perf_counter()
         hidden = self._embedded(rows)
-        ledger = None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=False)
+        ledger = self._entered(rows, exact=False)
         for index, layer in enumerate(self._draft_layers):
             self._launch(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
@@ -186,6 +188,21 @@ class Engine:
         if self.timeline is not None and not self.schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)
+
+    def capture_level(self, rows: Rows, then: Callable[[torch.Tensor], object], key: object) -> None:
+        """Make ``draft_level`` of a key cheap; runs the pass some times, or never, if the key is new.
+
+        Args:
+            rows: the same tensors for the same key, whatever is in them.
+            then: computes in place with what lies at fixed addresses; does the same thing for the same key.
+            key: of what is captured once and replayed.
+        """
+        if key not in self._captured:
+            self._captured[key] = self._backend.capture(partial(self._draft_level, rows, then))
+
+    def draft_level(self, key: object) -> None:
+        """The whole draft pass that was captured under a key, and its ``then`` with the logits."""
+        self._launch(self._captured[key], "draft")
 
     @property
     def sweep_bytes(self) -> tuple[int, int]:
@@ -225,8 +242,7 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for a device to finish what was done outside of launches, such as the making of tensors."""
-        if self._backend.device.type == "cuda":
-            torch.cuda.synchronize(self._backend.device)
+        self._backend.settle()
 
     def trace(self, timeline: Timeline | None) -> None:
         """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""
@@ -296,10 +312,28 @@ class Engine:
 
     def _embedded(self, rows: Rows) -> torch.Tensor:
         """The rows' embeddings (T, C), launched."""
-        shape, device = (len(rows), self.config.hidden_size), self._backend.device
-        hidden = torch.empty(shape, dtype=self.store.dtype, device=device)
+        hidden = self._hidden(len(rows))
         self._launch(lambda: self.rows.lookup(rows.tokens, hidden), "embedding")
         return hidden
+
+    def _draft_level(self, rows: Rows, then: Callable[[torch.Tensor], object]) -> None:
+        """A draft pass without launches: the compute stream's own work."""
+        hidden, ledger = self._hidden(len(rows)), self._entered(rows, exact=False)
+        self.rows.lookup(rows.tokens, hidden)
+        for index, layer in enumerate(self._draft_layers):
+            self._layer(index, layer, hidden, rows, ledger)
+        logits = self._logits(len(rows))
+        self.weights.draft_head(self._normed(hidden), logits)
+        then(logits)
+
+    def _hidden(self, rows: int) -> torch.Tensor:
+        """Memory for hidden states (T, C)."""
+        shape, device = (rows, self.config.hidden_size), self._backend.device
+        return torch.empty(shape, dtype=self.store.dtype, device=device)
+
+    def _entered(self, rows: Rows, *, exact: bool) -> LedgeredPass | None:
+        """A pass's entry in the ledger, if there is one."""
+        return None if self.ledger is None else LedgeredPass(self.ledger, rows, exact=exact)
 
     def _logits(self, rows: int) -> torch.Tensor:
         """Memory for logits (T, V)."""

@@ -36,24 +36,28 @@ class DeviceEngine(Protocol):
 
 
 class HostView:
-    """Passes whose rows and logits are on the host; see ``speculation.decode.Passes``."""
+    """Passes whose rows and logits are on the host; see ``speculation.decode.OnHost``.
+
+    Attributes:
+        device: the engine itself.
+    """
 
     def __init__(self, engine: DeviceEngine) -> None:
-        self._engine = engine
+        self.device = engine
 
     def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
         """One sweep: logits (T, V), or (1, V) of the last row, on the host."""
-        return self._read(self._engine.target(self._engine.upload(rows), last_only=last_only))
+        return self._read(self.device.target(self.device.upload(rows), last_only=last_only))
 
     def draft(self, rows: Rows) -> torch.Tensor:
         """One pass over substitutes: logits (T, V) on the host."""
-        return self._read(self._engine.draft(self._engine.upload(rows)))
+        return self._read(self.device.draft(self.device.upload(rows)))
 
     def move(self, sources: list[int], start: int) -> None:
         """Move cache slots ``sources`` to ``start`` and on."""
-        self._engine.move(sources, start)
+        self.device.move(sources, start)
 
     def _read(self, logits: torch.Tensor) -> torch.Tensor:
         """Wait for logits."""
-        assert self._engine.exchange is not None
-        return self._engine.exchange.read(logits)
+        assert self.device.exchange is not None
+        return self.device.exchange.read(logits)

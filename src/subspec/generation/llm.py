@@ -20,9 +20,11 @@ from subspec.planning.device import AUTO, budgets_here
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.adaptive import Speculator
+from subspec.speculation.ahead import Ahead
 from subspec.speculation.calibration import calibrations
 from subspec.speculation.decode import Commit, decode
 from subspec.speculation.draft import TreeShape
+from subspec.speculation.learner import Learner
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.times import StepTimes
@@ -62,8 +64,8 @@ class LLM:
     Attributes:
         plan: what the budgets are spent on.
         device: ``cpu``, ``cuda`` or ``emulated``.
-        tree: what drafts: a ``Speculator``, or the fixed tree that was asked for.  May be set to another
-            tree within the plan's bounds.
+        tree: what drafts: a ``Speculator``, or the fixed tree that was asked for; on a device an ``Ahead``
+            for either.  May be set to another one of its kind within the plan's bounds.
         config: the model's configuration.
         name: the model's short name.
         store_path: the prepared model.
@@ -108,9 +110,9 @@ class LLM:
         budgets.require_dtype(opened.manifest.dtype)
         self.plan: Plan = _planned(opened, request)
         self.engine = _built(opened, self.plan, self.device, progress, paranoid)
-        self.tree: TreeShape | Speculator = self.plan.tree
-        if self.plan.adaptive:
-            self.tree = _speculator(self.plan, load_calibration(self.store_path))
+        self.tree: TreeShape | Speculator | Ahead = _tree(
+            self.plan, self.engine, load_calibration(self.store_path)
+        )
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._turn = 0
@@ -191,8 +193,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._turn += 1
-            if isinstance(self.tree, Speculator):
-                save_calibration(self.store_path, self.tree.learnt())
+            if isinstance(self.tree, Learner) and (learnt := self.tree.learnt()):
+                save_calibration(self.store_path, learnt)
             self.engine.close()
 
     def __enter__(self) -> Self:
@@ -221,7 +223,7 @@ class LLM:
 
     def speculation(self) -> dict[str, Any]:
         """What speculation has learnt here, as plain data for result files; empty for a fixed tree."""
-        return self.tree.describe() if isinstance(self.tree, Speculator) else {}
+        return self.tree.describe() if isinstance(self.tree, Learner) else {}
 
     def _run(self, ids: list[int], params: SamplingParams, mode: str) -> Iterator[Piece]:
         """Decode one text; keeps ``_cached`` true at every step."""
@@ -322,10 +324,17 @@ def _built(
     return Engine(store, plan, progress, paranoid=paranoid, backend=backend)
 
 
-def _speculator(plan: Plan, learnt: dict[str, dict[str, float]]) -> Speculator:
-    """What finds out how much of a tree pays, within a plan's bounds, from where earlier processes got to."""
-    policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
-    return Speculator(policy, calibrations(learnt), plan.tree_slots)
+def _tree(plan: Plan, engine: Engine, learnt: dict[str, dict[str, float]]) -> TreeShape | Speculator | Ahead:
+    """What drafts under a plan, from where earlier processes got to."""
+    policy = None
+    if plan.adaptive:
+        policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
+    if plan.device_tier:
+        grown_on = engine.cache.keys.device
+        ahead = Ahead(plan.tree, engine.config.vocab_size, grown_on, calibrations(learnt), policy)
+        engine.settle()
+        return ahead
+    return plan.tree if policy is None else Speculator(policy, calibrations(learnt), plan.tree_slots)
 
 
 def _checked_mode(mode: str) -> str:

@@ -49,8 +49,8 @@ def explanation(budget: MemoryBudget, free_bytes: int | None, total_bytes: int |
     lower = max(budget.total_bytes - max(512 * MIB, budget.total_bytes // 16), MIB)
     return (
         f"the device ran out of memory: the engine holds {format_size(budget.held_bytes)} ({held}){rest}: "
-        f"lower {budget.option} from {format_size(budget.total_bytes)} to {format_size(lower)}, or --context, "
-        "or close other programs that use the device"
+        f"lower {budget.option} from {format_size(budget.total_bytes)} to {format_size(lower)}, or lower "
+        "--context, or close other programs that use the device"
     )
 
 

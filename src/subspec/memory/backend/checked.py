@@ -154,6 +154,10 @@ class CheckedBackend:
         self._access(self._me(), reads, writes, note)
         self._inner.touch(reads=reads, writes=writes, note=note)
 
+    def settle(self) -> None:
+        """As the wrapped backend does; orders nothing that the verbs do."""
+        self._inner.settle()
+
     def close(self) -> None:
         """Run what was launched.
 

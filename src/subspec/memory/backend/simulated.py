@@ -197,6 +197,9 @@ class SimulatedBackend:
         while runnable := self._runnable():
             self._run(self._choose(runnable))
 
+    def settle(self) -> None:
+        """Nothing to wait for: outside of the verbs everything is done at once."""
+
     def close(self) -> None:
         """Run all that was launched."""
         self.drain()
