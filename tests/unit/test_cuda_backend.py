@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Driver:
     def __init__(self) -> None:
         self.calls: Calls = []
         self.current = ["default"]
-        self.made = {"stream": 0, "event": 0, "graph": 0}
+        self.made = {"stream": 0, "event": 0, "graph": 0, "pool": 0}
 
     def name(self, kind: str) -> str:
         self.made[kind] += 1
@@ -50,7 +51,7 @@ class Driver:
             patch.setattr(torch.cuda, name, partial(kind, self))
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "graph", self.graph)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: self.name("pool"))
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
 
@@ -177,6 +178,15 @@ def test_the_host_waits_and_asks_by_one_call(driver: Driver, backend: CudaBacken
     assert driver.calls[1:] == [("query", "event 1"), ("event.synchronize", "event 1")]
 
 
+def test_a_wait_is_for_the_newest_record(driver: Driver, backend: CudaBackend) -> None:
+    event = backend.event("event")
+    backend.record(event, backend.compute)
+    backend.record(event, backend.compute)
+    backend.host_wait(event)
+    backend.wait(backend.compute, event)
+    assert driver.calls[2:] == [("event.synchronize", "event 2"), ("wait_event", "stream 1", "event 2")]
+
+
 def test_an_event_never_recorded_holds_nobody(driver: Driver, backend: CudaBackend) -> None:
     event, worker = backend.event("event"), backend.stream("worker", host=True)
     backend.wait(backend.compute, event)
@@ -196,9 +206,13 @@ def test_memory_that_is_not_pinned_is_refused(driver: Driver, backend: CudaBacke
 
 def test_a_host_stream_waits_for_the_record_it_was_told_of(driver: Driver, backend: CudaBackend) -> None:
     event, worker = backend.event("event"), backend.stream("worker", host=True)
+    busy = threading.Event()
+    backend.launch(worker, busy.wait)
     backend.record(event, backend.compute)
     backend.wait(worker, event)
     backend.record(event, backend.compute)
+    assert len(driver.calls) == 2  # the worker is not there yet
+    busy.set()
     in_turn(backend, worker)()
     assert ("event.synchronize", "event 1") in driver.calls
     assert ("event.synchronize", "event 2") not in driver.calls
@@ -235,7 +249,7 @@ def test_capture_warms_up_then_captures_on_compute_in_one_pool(driver: Driver, b
     ]  # torch.cuda.graph makes its stream the current one; this stand-in does not
     expected: Calls = []
     for graph in ("graph 1", "graph 2"):
-        begin = ("capture", graph, "pool", "stream 1", "thread_local")
+        begin = ("capture", graph, "pool 1", "stream 1", "thread_local")
         expected += [*one, begin, *inside, ("captured", graph)]
     assert driver.calls == expected
     driver.calls.clear()

@@ -1,5 +1,7 @@
 """The simulation, and what a checker finds in it: mutants whatever the seed, in a sound program nothing."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -90,6 +92,25 @@ def test_some_seeds_starve_a_stream(starving: str) -> None:
     assert any(starves(seed) for seed in SEEDS)
 
 
+def test_some_seeds_run_only_what_is_waited_for() -> None:
+    def late(seed: int) -> bool:
+        backend, ran = SimulatedBackend(seed), list[str]()
+        streams = {name: backend.stream(name, host=name == "c") for name in "abc"}
+        ends = {name: backend.event(name) for name in "abc"}
+        for name, stream in streams.items():
+            if name == "b":
+                backend.wait(stream, ends["a"])
+            for _ in range(5):
+                backend.launch(stream, partial(ran.append, name))
+            backend.record(ends[name], stream)
+        backend.host_wait(ends["b"])
+        backend.launch(streams["a"], partial(ran.append, "a"))
+        backend.host_wait(ends["c"])
+        return ran == [*"aaaaabbbbbccccc"]
+
+    assert any(late(seed) for seed in SEEDS)
+
+
 # Misuse
 
 
@@ -135,12 +156,34 @@ def test_a_thread_that_waits_for_threads_is_told_what_waits(seed: int) -> None:
     assert seen[0].startswith("read of reader is awaited, and never comes; reader is at work; compute")
 
 
-def test_work_on_the_device_calls_nothing() -> None:
-    backend = SimulatedBackend(1)
-    event = backend.event("event")
-    backend.launch(backend.compute, lambda: backend.record(event, backend.compute), note="layer")
-    with pytest.raises(AssertionError, match="work on compute calls the backend"):
+@pytest.mark.parametrize("verb", ["record", "host_wait", "done", "touch"])
+@pytest.mark.parametrize("seed", range(8))
+def test_work_on_the_device_calls_nothing(seed: int, verb: str) -> None:
+    backend = SimulatedBackend(seed)
+    reader, event, end = backend.stream("reader", host=True), backend.event("event"), backend.event("end")
+    calls: dict[str, Callable[[], object]] = {
+        "record": lambda: backend.record(event, backend.compute),
+        "host_wait": lambda: backend.host_wait(end),
+        "done": lambda: backend.done(event),
+        "touch": backend.touch,
+    }
+
+    def work() -> None:
+        backend.record(end, backend.compute)
+        backend.launch(backend.compute, calls[verb])
+        backend.record(event, backend.compute)
+        backend.host_wait(event)
+
+    def run(host: bool) -> None:
+        if host:
+            backend.launch(reader, work)
+        else:
+            work()
         backend.close()
+
+    for host in (False, True):
+        with pytest.raises(AssertionError, match="work on compute calls the backend"):
+            run(host)
 
 
 def test_what_work_raises_comes_out() -> None:
@@ -238,7 +281,45 @@ def test_a_hazard_that_work_kept_to_itself_comes_out_later() -> None:
             kept.append(error)
 
     backend.launch(backend.stream("link"), lambda: None, writes=[memory])
+    end = backend.event("end")
     backend.launch(reader, work)
+    backend.record(end, reader)
+    with pytest.raises(HazardError):
+        backend.host_wait(end)
     with pytest.raises(HazardError):
         backend.close()
-    assert kept
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_record_is_remembered_for_whoever_still_waits_for_it(seed: int) -> None:
+    checker = HazardChecker()
+    backend = CheckedBackend(SimulatedBackend(seed), checker)
+    reader, link = backend.stream("reader", host=True), backend.stream("link")
+    copied, memory = backend.event("copied"), torch.zeros(4)
+    backend.launch(link, lambda: None, writes=[memory])
+    backend.record(copied, link)
+    for _ in range(2):
+        backend.wait(reader, copied)
+        backend.launch(reader, lambda: backend.touch(reads=[memory]))
+    backend.record(copied, link)
+    backend.close()
+    assert not checker.hazards
+    assert len(checker._events) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_later_record_does_not_stand_for_an_earlier_one(seed: int) -> None:
+    checker = HazardChecker(collect=True)
+    backend = CheckedBackend(SimulatedBackend(seed), checker)
+    reader, link = backend.stream("reader", host=True), backend.stream("link")
+    copied, early, late = backend.event("copied"), torch.zeros(4), torch.zeros(4)
+    backend.launch(link, lambda: None, writes=[early])
+    backend.record(copied, link)
+    backend.wait(reader, copied)
+    backend.launch(reader, lambda: backend.touch(reads=[early]))
+    backend.launch(reader, lambda: backend.touch(reads=[late]))
+    backend.launch(link, lambda: None, writes=[late])
+    backend.record(copied, link)
+    backend.close()
+    assert [hazard.first.start for hazard in checker.hazards] == [late.data_ptr()]

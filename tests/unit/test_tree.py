@@ -13,7 +13,7 @@ from subspec.models.decoder import Rows
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.tree import DraftTree
-from subspec.speculation.verify import walk
+from subspec.speculation.verify import row_numbers, walk
 
 VOCABULARY = 6
 relaxed = settings(deadline=None, max_examples=80)
@@ -112,11 +112,11 @@ def test_the_walk_is_the_longest_path_that_the_target_agrees_with(
                 logits[row, tree.tokens[child]] = 9.0
     asked: list[tuple[int, list[int]]] = []
 
-    def choose(row: torch.Tensor, position: int, path: Sequence[int]) -> int:
+    def choose(row: int, position: int, path: Sequence[int]) -> int:
         asked.append((position, list(path)))
-        return int(row.argmax())
+        return int(logits[row].argmax())
 
-    result = walk(tree, nodes, logits, choose)
+    result = walk(tree, row_numbers(nodes), choose)
     path, tokens = oracle(tree, nodes, logits)
     assert result.nodes == path
     assert result.tokens == tokens

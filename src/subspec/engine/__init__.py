@@ -242,8 +242,7 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for a device to finish what was done outside of launches, such as the making of tensors."""
-        if self._backend.device.type == "cuda":
-            torch.cuda.synchronize(self._backend.device)
+        self._backend.settle()
 
     def trace(self, timeline: Timeline | None) -> None:
         """Record passes, layers, waits and reads in ``timeline`` from now on; None ends it."""

@@ -7,6 +7,7 @@ of further units rest in pinned host memory, and the others stay on disk.  Knows
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,11 +18,11 @@ from subspec.memory.tiers import PAGE_BYTES, page_aligned
 from subspec.models.decoder import RowProduct
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.planning.plan import Plan
-from subspec.store.exact import chunk_matrices, exact_bytes, rebuild
+from subspec.store.exact import chunk_matrices, exact_bytes, load_chunk, load_layer, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
 from subspec.store.reader import Store
 from subspec.substitute.exact import UnitProducts
-from subspec.substitute.images import starts
+from subspec.substitute.images import plain_matrices, starts
 from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 
@@ -48,6 +49,22 @@ class WeightUnit:
     starts: list[int]
     memory: torch.Tensor | None
     plain: bool
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A unit that stays.
+
+    Attributes:
+        name: of its image; ``matrices``: in it; ``tiles``: their substitutes.
+        plain: whether it stays as plain weights; ``load``: reads and rebuilds these (n, k) in host memory.
+    """
+
+    name: str
+    matrices: Sequence[Placed]
+    tiles: torch.Tensor
+    plain: bool
+    load: Callable[[], list[torch.Tensor]]
 
 
 class Weights:
@@ -206,51 +223,59 @@ class Weights:
 
     def _load_resident(self, tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Read the images that stay, and rebuild those that stay as plain weights; by name."""
-        plan, form = self._plan, self._store.form
-        kept: list[tuple[str, Sequence[Placed], torch.Tensor, bool]] = [
-            (layer_file(index, form), self._matrices, tiles[index], index in plan.plain_layers)
-            for index in plan.resident_layers
-        ]
-        kept += [
-            (
-                head_file(index, form),
-                chunk_matrices(self._store, self._chunks[index]),
-                self._chunk_tiles(index),
-                index < plan.plain_chunks,
-            )
-            for index in range(plan.resident_chunks)
-        ]
+        kept = self._kept(tiles)
         if not kept:
             return {}
         records = self._store.manifest.files
         sizes = [
-            exact_bytes(self._store, matrices) if plain else records[name].n_bytes
-            for name, matrices, _, plain in kept
+            exact_bytes(self._store, one.matrices) if one.plain else records[one.name].n_bytes for one in kept
         ]
         memory = torch.split(self._near.bytes("resident", sum(sizes)), sizes)
-        places = {name: place for (name, *_), place in zip(kept, memory, strict=True)}
-        rebuilt = [one for one in kept if one[3] and form == "residual"]
-        for done, (name, matrices, own_tiles, _) in enumerate(rebuilt, start=1):
-            self._rebuild(name, matrices, own_tiles, places[name])
+        places = {one.name: place for one, place in zip(kept, memory, strict=True)}
+        rebuilt = [one for one in kept if one.plain and self._store.form == "residual"]
+        for done, one in enumerate(rebuilt, start=1):
+            self._rebuild(one, places[one.name])
             self._report("rebuilding resident layers", done, len(rebuilt))
-        ready = {name for name, *_ in rebuilt}
+        ready = {one.name for one in rebuilt}
         as_stored = [(name, place) for name, place in places.items() if name not in ready]
         self._load_all("loading resident layers", as_stored)
         return places
 
-    def _rebuild(
-        self, name: str, matrices: Sequence[Placed], tiles: torch.Tensor, place: torch.Tensor
-    ) -> None:
+    def _kept(self, tiles: list[torch.Tensor]) -> list[_Kept]:
+        """The units that stay."""
+        store, plan, form = self._store, self._plan, self._store.form
+        layers = [
+            _Kept(
+                layer_file(index, form),
+                self._matrices,
+                tiles[index],
+                index in plan.plain_layers,
+                partial(load_layer, store, index),
+            )
+            for index in plan.resident_layers
+        ]
+        return layers + [
+            _Kept(
+                head_file(index, form),
+                chunk_matrices(store, self._chunks[index]),
+                self._chunk_tiles(index),
+                index < plan.plain_chunks,
+                partial(_one_chunk, store, index),
+            )
+            for index in range(plan.resident_chunks)
+        ]
+
+    def _rebuild(self, one: _Kept, place: torch.Tensor) -> None:
         """Rebuild a unit's plain weights, by the processor, wherever they go."""
-        n_bytes = self._store.manifest.files[name].n_bytes
-        image = map_bytes(n_bytes) if self._scratch_image is None else self._scratch_image[:n_bytes]
-        self._store.load(name, image)
-        if self._host is None:
-            rebuild(self._store, image, tiles, matrices, place)
+        if self._host is not None:  # its substitutes are out of the processor's reach
+            weights = plain_matrices(place, one.matrices, self._store.dtype)
+            for weight, rebuilt in zip(weights, one.load(), strict=True):
+                weight.copy_(rebuilt)
             return
-        weights = map_bytes(len(place))
-        rebuild(self._store, image, tiles.cpu(), matrices, weights)
-        place.copy_(weights)
+        n_bytes = self._store.manifest.files[one.name].n_bytes
+        image = map_bytes(n_bytes) if self._scratch_image is None else self._scratch_image[:n_bytes]
+        self._store.load(one.name, image)
+        rebuild(self._store, image, one.tiles, one.matrices, place)
 
     def _load_images(self) -> dict[str, torch.Tensor]:
         """Read the images that rest in host memory behind a device; by name."""
@@ -286,3 +311,8 @@ class Weights:
         """Tell whoever asked how far it is."""
         if self._progress is not None:
             self._progress(task, done, total)
+
+
+def _one_chunk(store: Store, index: int) -> list[torch.Tensor]:
+    """The exact matrix of a chunk of the output head, read and rebuilt in host memory."""
+    return [load_chunk(store, index)]

@@ -124,6 +124,10 @@ class Backend(Protocol):
         """The calling thread itself is about to read or write memory that streams use: only said."""
         ...
 
+    def settle(self) -> None:
+        """Wait until a device has done all that it was given, also outside of these verbs."""
+        ...
+
     def close(self) -> None:
         """End the worker threads once what was launched has run; a second call does nothing."""
         ...

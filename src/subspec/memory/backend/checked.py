@@ -12,8 +12,7 @@ event, must come from one thread at a time.  Knows nothing of units, slots or mo
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -93,15 +92,13 @@ class CheckedBackend:
         """
         assert isinstance(event, _Event)
         self._checker.read(self._me(), event, 0, 1, "wait")
-        with self._held(event) as record:
-            assert record is None or stream.host or not record.host, f"{stream.name} waits for {event.name}"
-            if stream.host:  # its edge is there once it has waited
-                self._inner.wait(stream, event.inner)
-            if record is not None:
-                self._hold(record)
-                self._in_turn(stream, lambda actor: self._join(actor, record))
-            if not stream.host:  # told before it is called, as all: what runs meanwhile comes after it
-                self._inner.wait(stream, event.inner)
+        record = event.newest
+        assert record is None or stream.host or not record.host, f"{stream.name} waits for {event.name}"
+        if record is not None:
+            self._hold(record)
+        self._inner.wait(stream, event.inner)
+        if record is not None:
+            self._in_turn(stream, lambda actor: self._join(actor, record))
 
     def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor, note: str = "") -> None:
         """Tell of the read and of the write."""
@@ -139,10 +136,10 @@ class CheckedBackend:
         """
         assert isinstance(event, _Event)
         self._checker.read(self._me(), event, 0, 1, "wait")
-        with self._held(event) as record:
-            self._inner.host_wait(event.inner)
-            if record is not None:
-                self._checker.wait(self._me(), record)
+        record = event.newest
+        self._inner.host_wait(event.inner)
+        if record is not None:
+            self._checker.wait(self._me(), record)
         self._checker.check()
 
     def done(self, event: Event) -> bool:
@@ -156,6 +153,10 @@ class CheckedBackend:
         """Tell of the caller's accesses."""
         self._access(self._me(), reads, writes, note)
         self._inner.touch(reads=reads, writes=writes, note=note)
+
+    def settle(self) -> None:
+        """As the wrapped backend does; orders nothing that the verbs do."""
+        self._inner.settle()
 
     def close(self) -> None:
         """Run what was launched.
@@ -216,21 +217,8 @@ class CheckedBackend:
         for tensor in writes:
             self._checker.write(actor, PLACE, *_interval(tensor), note)
 
-    @contextmanager
-    def _held(self, event: _Event) -> Iterator[_Record | None]:
-        """An event's newest record, which the checker remembers meanwhile."""
-        with self._lock:
-            record = event.newest
-            if record is not None:
-                record.holders += 1
-        try:
-            yield record
-        finally:
-            if record is not None:
-                self._drop(record)
-
     def _hold(self, record: _Record) -> None:
-        """Somebody who holds a record wants it once more."""
+        """Somebody will need a record in its turn, when the event may have a newer one."""
         with self._lock:
             record.holders += 1
 

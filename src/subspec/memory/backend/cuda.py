@@ -174,6 +174,10 @@ class CudaBackend:
     ) -> None:
         """Nothing to do."""
 
+    def settle(self) -> None:
+        """Wait for the whole device."""
+        torch.cuda.synchronize(self.device)
+
     def close(self) -> None:
         """End the threads, then let the device finish."""
         self._threads.close()

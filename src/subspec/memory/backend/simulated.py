@@ -198,6 +198,9 @@ class SimulatedBackend:
         while runnable := self._runnable():
             self._run(self._choose(runnable))
 
+    def settle(self) -> None:
+        """Nothing to wait for: outside of the verbs everything is done at once."""
+
     def close(self) -> None:
         """Run all that was launched."""
         self.drain()
@@ -205,14 +208,8 @@ class SimulatedBackend:
     def _enqueue(
         self, stream: Stream, note: str, run: Callable[[], object], after: _Record | None = None
     ) -> None:
-        """Put an operation at a stream's end.
-
-        Raises:
-            AssertionError: a device stream's work makes calls; by now they would mean something else.
-        """
+        """Put an operation at a stream's end."""
         assert isinstance(stream, _Stream)
-        for running in self._running[-1:]:
-            assert running.host, f"work on {running.name} calls the backend: {note}"
         stream.queue.append(_Operation(note.rstrip(), run, after))
 
     def _may_run(self, stream: Stream) -> bool:
@@ -230,10 +227,16 @@ class SimulatedBackend:
         return self._random.choice(runnable)
 
     def _run_ahead(self) -> None:
-        """A call was made: the streams run on for as long as the seed says."""
-        if self._late or (self._running and not self._running[-1].host):
+        """A call was made: the streams run on for as long as the seed says.
+
+        Raises:
+            AssertionError: a device stream's work called; by now that would mean something else.
+        """
+        for running in self._running[-1:]:
+            assert running.host, f"work on {running.name} calls the backend"
+        if self._late:
             return
-        while (self._ahead == 1.0 or self._random.random() < self._ahead) and (runnable := self._runnable()):
+        while self._random.random() < self._ahead and (runnable := self._runnable()):
             self._run(self._choose(runnable))
 
     def _step_towards(self, record: _Record) -> None:

@@ -108,6 +108,9 @@ class ThreadBackend:
     ) -> None:
         """Nothing to do."""
 
+    def settle(self) -> None:
+        """Nothing to wait for: outside of the verbs everything is done at once."""
+
     def close(self) -> None:
         """End the threads."""
         for stream in self._streams:
