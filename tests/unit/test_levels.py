@@ -370,7 +370,7 @@ def test_a_replay_would_show_what_the_host_had_baked_in() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_reads_a_value_or_mixes_devices(way: str) -> None:
-    """The meta device has no values to read, nor shapes that depend on them, and refuses the CPU's tensors."""
+    """The meta device has no values to read or to make shapes of, and refuses the CPU's tensors."""
     params, meta = WAYS[way], torch.device("meta")
     shape = Shape(3, 4, 9, 8, 20)
     levels = Levels(shape, meta)
