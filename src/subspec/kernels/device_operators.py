@@ -18,7 +18,7 @@ GROUP, TILE_ROWS, TILE_BYTES, DIRECTORY_BYTES = 64, 16, 576, 4
 
 Implementation = Callable[..., Tensor | None]
 
-OPERATORS = torch.library.Library("subspec", "FRAGMENT") # type: ignore[no-untyped-call]
+OPERATORS = torch.library.Library("subspec", "FRAGMENT")  # type: ignore[no-untyped-call]
 IMPLEMENTATIONS: dict[str, Implementation] = {}  # for CUDA tensors, by operator; filled below
 
 
