@@ -23,10 +23,10 @@ VARIANTS = ("substitutes", "exact")
 def exact_where_resident(llm: LLM) -> list[LayerProducts | WholeLayer]:
     """The draft's layers with exact products wherever the weights are resident."""
     engine = llm.engine
-    mixed = list(engine._draft_layers.layers())
-    for index, unit in enumerate(engine._layers):
-        if unit.stays:
-            mixed[index] = LayerProducts(*engine._acquire(unit))
+    mixed = list(engine._draft_layers)
+    for index, unit in enumerate(engine.weights.layers):
+        if unit.memory is not None:
+            mixed[index] = LayerProducts(*engine.weights.products(unit, None))
     return mixed
 
 
@@ -43,12 +43,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with LLM(options.model, options.memory) as llm:
-        draft = llm.engine._draft_layers
-        layers = {"substitutes": list(draft.layers()), "exact": exact_where_resident(llm)}
+        layers = {"substitutes": llm.engine._draft_layers, "exact": exact_where_resident(llm)}
         runs: list[dict[str, Any]] = []
         for prompt in load_prompts(options.prompts, options.limit):
             for variant in VARIANTS:
-                draft._layers = layers[variant]
+                llm.engine._draft_layers = layers[variant]
                 llm.reset()
                 params = SamplingParams(max_new_tokens=options.max_new_tokens)
                 figures = llm.generate([{"role": "user", "content": prompt.text}], params).statistics

@@ -47,10 +47,10 @@ def weights(engine: Engine) -> list[SubstituteLinear]:
     """Every product of a draft pass in order, over the engine's own substitutes."""
     layers = [
         SubstituteLinear(matrix.own_tiles(unit.tiles), matrix.n, matrix.k)
-        for unit in engine._layers
+        for unit in engine.weights.layers
         for matrix in layer_matrices(engine.config)
     ]
-    return [*layers, engine._draft_head]
+    return [*layers, engine.weights.draft_head]
 
 
 def run_all(products: list[SubstituteLinear], inputs: dict[int, Any]) -> None:

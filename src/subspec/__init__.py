@@ -12,7 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspec.errors import BudgetError, ContextError, ModelError, OptionError, StoreError, SubspecError
+    from subspec.errors import (
+        BudgetError,
+        ContextError,
+        DeviceMemoryError,
+        ModelError,
+        OptionError,
+        PinningError,
+        StoreError,
+        SubspecError,
+    )
     from subspec.generation import LLM, Piece, Result, Statistics
     from subspec.planning.plan import Plan
     from subspec.speculation.sampling import SamplingParams
@@ -33,8 +42,10 @@ _HOMES = {
     "Statistics": "subspec.generation",
     "BudgetError": "subspec.errors",
     "ContextError": "subspec.errors",
+    "DeviceMemoryError": "subspec.errors",
     "ModelError": "subspec.errors",
     "OptionError": "subspec.errors",
+    "PinningError": "subspec.errors",
     "StoreError": "subspec.errors",
     "SubspecError": "subspec.errors",
 }
@@ -42,6 +53,7 @@ __all__ = [
     "LLM",
     "BudgetError",
     "ContextError",
+    "DeviceMemoryError",
     "ModelError",
     "OptionError",
     "Piece",
@@ -49,6 +61,7 @@ __all__ = [
     "Result",
     "SamplingParams",
     "Statistics",
+    "PinningError",
     "StoreError",
     "SubspecError",
     "__version__",

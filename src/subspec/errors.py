@@ -25,5 +25,13 @@ class BudgetError(SubspecError):
     """A memory budget that cannot hold the model's minimum."""
 
 
+class DeviceMemoryError(SubspecError):
+    """A device that ran out of memory, although the engine kept within its budget."""
+
+
+class PinningError(SubspecError):
+    """Host memory that the device's driver does not lock."""
+
+
 class ContextError(SubspecError):
     """A prompt that does not fit the context."""

@@ -69,9 +69,9 @@ class Recorded:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_draft_runs_only_after_a_unit_was_found_late(llm: LLM, seed: int) -> None:
     engine = llm.engine
-    assert engine._streamer is not None
-    recorded = Recorded(engine._streamer, seed)
-    engine._streamer = recorded  # type: ignore[assignment]
+    assert engine.schedule.streamer is not None
+    recorded = Recorded(engine.schedule.streamer, seed)
+    engine.schedule.streamer = recorded  # type: ignore[assignment]
 
     def gap() -> bool:
         recorded.events.append("gap")
@@ -92,9 +92,9 @@ def test_a_draft_runs_only_after_a_unit_was_found_late(llm: LLM, seed: int) -> N
 
 def test_a_sweep_whose_gap_has_nothing_to_do_waits_for_the_link(llm: LLM) -> None:
     engine = llm.engine
-    assert engine._streamer is not None
-    recorded = Recorded(engine._streamer, 0)
-    engine._streamer = recorded  # type: ignore[assignment]
+    assert engine.schedule.streamer is not None
+    recorded = Recorded(engine.schedule.streamer, 0)
+    engine.schedule.streamer = recorded  # type: ignore[assignment]
     asked: list[int] = []
 
     def idle() -> bool:
@@ -110,11 +110,11 @@ def test_texts_with_gaps_of_any_length_are_plain_ones(llm: LLM, temperature: flo
     params = SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=temperature, seed=3)
     plain = llm.generate(PROMPT, params, mode="plain").token_ids
     engine = llm.engine
-    real = engine._streamer
+    real = engine.schedule.streamer
     assert real is not None
     filled = 0.0
     for seed in range(4):
-        engine._streamer = Recorded(real, seed)  # type: ignore[assignment]
+        engine.schedule.streamer = Recorded(real, seed)  # type: ignore[assignment]
         llm.reset()
         found = llm.generate(PROMPT, params)
         assert found.token_ids == plain

@@ -311,13 +311,13 @@ def test_the_plan_is_what_is_held(
 ) -> None:
     store = build(tmp_path, family=family, tokenizer=False)
     mapped: list[int] = []
-    real = arena.map_bytes
+    real = arena.place_bytes
 
-    def counted(n_bytes: int) -> torch.Tensor:
+    def counted(n_bytes: int, device: torch.device) -> torch.Tensor:
         mapped.append(n_bytes)
-        return real(n_bytes)
+        return real(n_bytes, device)
 
-    monkeypatch.setattr(arena, "map_bytes", counted)
+    monkeypatch.setattr(arena, "place_bytes", counted)
     monkeypatch.setattr(llm_module, "measure_costs", lambda _: SweepCosts())  # keep as many as fit
     memory = 1 << 30 if resident is None else streaming_budget(store, resident)
     with LLM(store, memory, context=CONTEXT) as llm:

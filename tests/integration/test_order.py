@@ -9,10 +9,11 @@ from budgets import least_budget
 from tiny import write_tiny
 
 from subspec import LLM, SamplingParams
-from subspec import engine as engine_module
 from subspec.errors import StoreError
 from subspec.memory.hazards import SWITCH, HazardError
-from subspec.models.decoder import LayerProducts, prefix_rows
+from subspec.memory.schedule import Step
+from subspec.memory.streamer import Streamer
+from subspec.models.decoder import prefix_rows
 from subspec.models.kv_ledger import InexactError
 from subspec.store.prepare import prepare
 
@@ -68,17 +69,20 @@ def test_a_checked_run_gives_the_same_tokens_and_raises_nothing(
 
 
 def test_a_slot_given_back_before_its_use_is_caught(checked: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def layers(sweep: engine_module._Sweep) -> Iterator[LayerProducts]:
-        for unit in sweep._engine._layers:
-            products = LayerProducts(*sweep._engine._acquire(unit))
-            sweep._engine._release(unit)
-            yield products
+    sound = Streamer.acquire, Streamer.release
 
-    monkeypatch.setattr(engine_module._Sweep, "layers", layers)
+    def acquire(streamer: Streamer) -> torch.Tensor:
+        slot = sound[0](streamer)
+        sound[1](streamer)
+        return slot
+
+    monkeypatch.setattr(Streamer, "acquire", acquire)
+    monkeypatch.setattr(Streamer, "release", lambda _: None)
     with pytest.raises((HazardError, StoreError)):
         checked.generate(PROMPT, PARAMS)
     assert checked.engine.checker is not None
     assert checked.engine.checker.hazards
+    checked.engine.checker.hazards.clear()  # closing would raise it again
 
 
 def test_a_draft_over_the_prefix_is_caught(checked: LLM) -> None:
@@ -92,16 +96,16 @@ def test_a_draft_between_layers_of_a_sweep_is_caught_where_it_matters(
     checked: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep has written slot 40 of the first two layers exactly when a draft takes it."""
-    engine, sound = checked.engine, engine_module._Sweep.layers
+    engine = checked.engine
     checked.generate(PROMPT, PARAMS)
+    launch = engine.schedule._launch
 
-    def layers(sweep: engine_module._Sweep) -> Iterator[LayerProducts]:
-        for index, products in enumerate(sound(sweep)):
-            if index == 2:
-                engine.draft(prefix_rows([7], 40))
-            yield products
+    def launch_after_a_draft(step: Step, slot: torch.Tensor | None) -> None:
+        if step.name == engine.weights.layers[2].name:
+            engine.draft(prefix_rows([7], 40))
+        launch(step, slot)
 
-    monkeypatch.setattr(engine_module._Sweep, "layers", layers)
+    monkeypatch.setattr(engine.schedule, "_launch", launch_after_a_draft)
     engine.target(prefix_rows([5], 40), last_only=True)
     with pytest.raises(InexactError, match="keeps slot 40 of layer 0, which a draft wrote last"):
         engine.move([40], 41)

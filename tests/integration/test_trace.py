@@ -40,9 +40,10 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 def settled_bytes(llm: LLM) -> int:
     """Bytes streamed so far, once the readers have filled the ring and rest."""
     deadline = time.monotonic() + PATIENCE_S
-    streamer = llm.engine._streamer
+    streamer = llm.engine.schedule.streamer
     assert streamer is not None
-    while len(streamer._ready) < len(streamer.slots):
+    arrived = [event for slot in streamer._slots for event in slot.arrived]
+    while not all(map(streamer._backend.done, arrived)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     return llm.engine.counters().streamed_bytes
@@ -67,11 +68,13 @@ def test_everything_is_in_the_trace(llm: LLM, tmp_path: Path, mode: str) -> None
     events, result, streamed = traced(llm, tmp_path / "trace.json", mode)
     figures, sweep = result.statistics, on(events, "sweep")
     names = Counter(event["name"] for event in sweep)
-    units = [unit.name for unit in [*llm.engine._layers, *llm.engine._head]]
+    weights = llm.engine.weights
+    layers, head = [[unit.name for unit in part] for part in (weights.layers, weights.head)]
+    units = [*layers, "norm", *head]
     assert names.pop("sweep") == figures.sweeps
     waits = names.pop("wait")
     assert names == dict.fromkeys(units, figures.sweeps)
-    assert waits == figures.sweeps * sum(not unit.stays for unit in [*llm.engine._layers, *llm.engine._head])
+    assert waits == figures.sweeps * len(weights.streamed())
     order = [event["name"] for event in sweep if event["name"] not in ("sweep", "wait")]
     assert order == units * figures.sweeps
     assert sum(event["args"]["bytes"] for event in on(events, "link")) == streamed > 0

@@ -62,10 +62,10 @@ class Drafter:
 
     def draft(self, rows: Rows) -> torch.Tensor:
         slots = rows.slots.long()
-        self._token_in.update(zip(slots.tolist(), rows.tokens, strict=True))
+        self._token_in.update(zip(slots.tolist(), rows.tokens.tolist(), strict=True))
         for part in (self._engine.cache.keys, self._engine.cache.values):
             part[:, :, slots] = torch.nan
-        return torch.stack([self._row(rows, index) for index in range(len(rows.tokens))])  # (T, V)
+        return torch.stack([self._row(rows, index) for index in range(len(rows))])  # (T, V)
 
     def _row(self, rows: Rows, index: int) -> torch.Tensor:
         prefix, length = int(rows.prefix[index]), int(rows.path_lens[index])

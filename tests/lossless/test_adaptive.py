@@ -18,6 +18,7 @@ from tiny import FAMILIES, write_tiny
 from subspec import LLM, SamplingParams
 from subspec.engine import Engine
 from subspec.memory.hazards import SWITCH
+from subspec.memory.schedule import Step
 from subspec.models.decoder import Rows
 from subspec.models.kv_ledger import InexactError
 from subspec.speculation.adaptive import Speculator
@@ -76,21 +77,22 @@ class Gappy(Drafter):
         self.filled = 0
 
     def target(self, rows: Rows, *, last_only: bool, gap: Callable[[], bool] | None = None) -> torch.Tensor:
-        self._token_in.update(zip(rows.slots.tolist(), rows.tokens, strict=True))
+        self._token_in.update(zip(rows.slots.tolist(), rows.tokens.tolist(), strict=True))
         if gap is None:
             return self._engine.target(rows, last_only=last_only)
-        acquire, busy = self._engine._acquire, gap
+        schedule, busy = self._engine.schedule, gap
+        launch = schedule._launch
 
-        def acquire_after_a_gap(unit: object) -> object:
+        def launch_after_a_gap(step: Step, slot: torch.Tensor | None) -> None:
             for _ in range(self._chance.choice((0, 0, 1, 2, 5, 9))):
                 if not busy():
                     break
                 self.filled += 1
-            return acquire(unit)  # type: ignore[arg-type]
+            launch(step, slot)
 
         self._swept = set(rows.slots.tolist())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self._engine, "_acquire", acquire_after_a_gap)
+            patch.setattr(schedule, "_launch", launch_after_a_gap)
             logits = self._engine.target(rows, last_only=last_only)
         self._swept = set()
         return logits
@@ -98,7 +100,7 @@ class Gappy(Drafter):
     def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
         slots = rows.slots.long()
         cache = self._engine.cache
-        self._token_in.update(zip(slots.tolist(), rows.tokens, strict=True))
+        self._token_in.update(zip(slots.tolist(), rows.tokens.tolist(), strict=True))
         if self._own_drafts:
             steps = self._engine.draft_steps(rows)
         for layer in range(len(cache.keys)):
@@ -111,7 +113,7 @@ class Gappy(Drafter):
         if self._own_drafts:
             with pytest.raises(StopIteration):
                 next(steps)
-        return torch.stack([self._row(rows, index) for index in range(len(rows.tokens))])  # (T, V)
+        return torch.stack([self._row(rows, index) for index in range(len(rows))])  # (T, V)
 
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
         tokens = [self._token_in.get(source) for source in sources]

@@ -155,7 +155,7 @@ def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("reference_kernels")
 def test_reference_kernels(family: str, dtype: str, tmp_path: Path) -> None:
     subject = Subject(tmp_path, family, DTYPES[dtype])
-    assert subject.llm.engine.product.name.startswith("torch")
+    assert subject.llm.engine.weights.product.name.startswith("torch")
     for sampling, drafter in [
         ("greedy", "sometimes"),
         ("all filters", "substitutes"),

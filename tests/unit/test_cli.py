@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from subspec.cli import doctor, reference
 from subspec.cli.main import app
+from subspec.cli.options import Device
 from subspec.cli.progress import TerminalProgress
 from subspec.errors import BudgetError
 from subspec.generation import Result
+from subspec.planning.device import DEVICES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -92,6 +94,45 @@ def test_generate_hands_every_option_on() -> None:
     assert one.choices["store"] == Path("there")
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_tiers_of_a_device_are_handed_on(command: str) -> None:
+    given = ("--device", "emulated", "--vram", "1GiB", "--ram", "2GiB")
+    run(command, "model", *given, stdin="hello\n")
+    (one,) = FakeLLM.instances
+    assert (one.choices["device"], one.choices["vram"], one.choices["ram"]) == ("emulated", "1GiB", "2GiB")
+    assert type(one.choices["device"]) is str
+
+
+def test_bench_takes_the_tiers_of_a_device_in_the_place_of_a_memory(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": 1, "turns": ["one"]}\n')
+    run("bench", "model", "--prompts", str(prompts), "--device", "cuda", "--vram", "1GiB", "--ram", "2GiB")
+    for one in FakeLLM.instances:
+        assert (one.choices["device"], one.choices["vram"], one.choices["ram"]) == ("cuda", "1GiB", "2GiB")
+        assert one.memory == "auto"
+
+
+@pytest.mark.parametrize(
+    ("given", "memory", "vram"),
+    [
+        ((), "200MiB", None),
+        (("--memory", "1GiB"), "1GiB", None),
+        (("--vram", "1GiB", "--device", "emulated"), "auto", "1GiB"),
+    ],
+)
+def test_demo_has_a_memory_of_its_own_unless_told(
+    given: tuple[str, ...], memory: str, vram: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspec.checkpoint.embedded.fetch_demo", lambda say: None)
+    run("demo", *given)
+    (one,) = FakeLLM.instances
+    assert (one.memory, one.choices.get("vram")) == (memory, vram)
+
+
+def test_the_devices_offered_are_those_that_are_known() -> None:
+    assert tuple(Device) == DEVICES
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_generate_writes_a_trace(tmp_path: Path, form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspec.cli.generate._record", lambda llm, result: {"text": result.text})
@@ -137,6 +178,7 @@ def test_generate_json_is_one_run_and_its_text() -> None:
         (["generate", "model", "x", "--raw", "--system", "y"], "--system"),
         (["generate", "model", "x", "--top-p", "3"], "top_p"),
         (["bench", "model", "--memory", "1GiB", "--prompts", "missing.jsonl"], "cannot read the prompts"),
+        (["bench", "model", "--prompts", "missing.jsonl"], "give --memory"),
     ],
 )
 def test_errors_are_one_line_and_status_2(arguments: list[str], message: str) -> None:

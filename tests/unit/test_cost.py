@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspec.planning.cost import Images, Residents, SweepCosts, choose_residents
+from subspec.planning.cost import Images, Residents, SweepCosts, choose_residents, choose_resting
 
 PAGE = 4096
 sizes = st.integers(1, 60).map(lambda pages: pages * PAGE)
@@ -101,3 +101,56 @@ def test_residents_are_spread_over_the_model() -> None:
 
 def test_a_budget_below_the_slots_holds_nothing() -> None:
     assert choose_residents(UNITS, 99, 100, SweepCosts()) is None
+
+
+@given(
+    units=images(), spare=st.integers(0, 300 * PAGE), rooms=st.lists(st.integers(0, 900 * PAGE), min_size=1)
+)
+def test_what_rests_in_ram_fits_is_streamed_and_grows(units: Images, spare: int, rooms: list[int]) -> None:
+    residents = choose_residents(units, spare, 0, SweepCosts())
+    assert residents is not None
+    resting_bytes = []
+    for room in sorted(rooms):
+        resting = choose_resting(units, residents, room)
+        assert resting.held_bytes(units) <= room
+        assert not set(resting.layers) & set(residents.layers)
+        assert all(residents.chunks <= chunk < len(units.chunks) for chunk in resting.chunks)
+        resting_bytes.append(resting.held_bytes(units))
+    assert resting_bytes == sorted(resting_bytes)
+    streamed = residents.streamed_bytes(units)
+    assert choose_resting(units, residents, streamed).held_bytes(units) == streamed
+
+
+def test_units_that_rest_are_spread_over_the_sweep() -> None:
+    resting = choose_resting(UNITS, Residents((1, 3), 0, (), 0), 200)
+    assert (resting.layers, resting.chunks) == ((0, 4, 6), (0,))
+
+
+def test_more_units_that_are_fewer_bytes_do_not_rest() -> None:
+    units = Images((10, 10, 90, 10, 10), (), 90, ())
+    resting = choose_resting(units, Residents((), 0, (), 0), 100)
+    assert resting.layers == (0, 2)  # and not the three of 10 that are more evenly spread
+
+
+@pytest.mark.parametrize(
+    ("own", "seconds"),
+    [
+        (
+            SweepCosts(link_bytes_per_s=10, disk_bytes_per_s=10),
+            10.0,
+        ),  # the copies of all, and the disk's share
+        (SweepCosts(link_bytes_per_s=10, disk_bytes_per_s=2), 20.0),
+        (SweepCosts(link_bytes_per_s=10, disk_bytes_per_s=2, plain_s_per_byte=1.0), 30.0),
+    ],
+)
+def test_a_sweep_takes_as_long_as_the_slowest_of_link_disk_and_computing(
+    own: SweepCosts, seconds: float
+) -> None:
+    assert own.sweep_s(100, plain_bytes=30, rebuilt_bytes=0, disk_bytes=40) == pytest.approx(seconds)
+
+
+def test_ram_hides_the_disk() -> None:
+    own = SweepCosts(link_bytes_per_s=1e9, disk_bytes_per_s=1.0, rebuilt_s_per_byte=0.0)
+    nothing = Residents((), 0, (), 0)
+    assert [nothing.sweep_s(UNITS, own, room) for room in (0, 400)] == [500.0, 100.0]
+    assert nothing.sweep_s(UNITS, own, 500) == nothing.sweep_s(UNITS, own) < 1e-3

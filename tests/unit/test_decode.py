@@ -47,7 +47,7 @@ class ToyModel:
         self._agreement = agreement
 
     def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
-        self.sweeps.append(len(rows.tokens))
+        self.sweeps.append(len(rows))
         contexts = self._contexts(rows, exact=True)
         return torch.stack([truth(context) for context in (contexts[-1:] if last_only else contexts)])
 
@@ -67,11 +67,11 @@ class ToyModel:
     def _contexts(self, rows: Rows, *, exact: bool) -> list[list[int]]:
         """Write the rows' entries, then read what each row sees, which must be one position after another."""
         for token, slot, position in zip(
-            rows.tokens, rows.slots.tolist(), rows.positions.tolist(), strict=True
+            rows.tokens.tolist(), rows.slots.tolist(), rows.positions.tolist(), strict=True
         ):
             self.slots[slot] = Entry(token, position, exact)
         contexts = []
-        for row in range(len(rows.tokens)):
+        for row in range(len(rows)):
             seen = list(range(int(rows.prefix[row])))
             seen += rows.paths[row, : int(rows.path_lens[row])].tolist()
             entries = [self.slots[slot] for slot in seen]

@@ -1,7 +1,6 @@
 """A fused draft layer: the bits of the decoder's own steps over the same products, at every native level."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -52,12 +51,13 @@ def gaussian(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-@dataclass
-class Source:
-    handed_out: list[LayerProducts | WholeLayer]
+Layers = Sequence[LayerProducts | WholeLayer]
 
-    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
-        return iter(self.handed_out)
+
+def forward(decoder: Decoder, layers: Layers, hidden: Tensor, rows: Rows, chunk_rows: int) -> None:
+    """Run all layers."""
+    for index, layer in enumerate(layers):
+        decoder.layer(index, layer, hidden, rows, chunk_rows)
 
 
 class Model:
@@ -102,13 +102,13 @@ class Model:
     def hidden(self, rows: int) -> Tensor:
         return gaussian(rows, self.config.hidden_size, seed=40).to(self.dtype)
 
-    def fused(self, decoder: Decoder) -> Source:
+    def fused(self, decoder: Decoder) -> Layers:
         layers = [fused.draft_layer(*each) for each in zip(self.weights, decoder.settings, strict=True)]
         assert all(isinstance(layer, fused.FusedLayer) for layer in layers)
-        return Source(layers)
+        return layers
 
-    def products(self) -> Source:
-        return Source([LayerProducts(*weights) for weights in self.weights])
+    def products(self) -> Layers:
+        return [LayerProducts(*weights) for weights in self.weights]
 
 
 def tree_rows(count: int) -> Rows:
@@ -125,7 +125,7 @@ def tree_rows(count: int) -> Rows:
         lens[node] = len(chain)
     prefix = torch.full((count,), PREFIX, dtype=torch.int32)
     positions = torch.tensor(depths, dtype=torch.int32) + PREFIX
-    return Rows([0] * count, positions, slots, prefix, paths, lens)
+    return Rows(torch.zeros(count, dtype=torch.int64), positions, slots, prefix, paths, lens)
 
 
 def state(decoder: Decoder) -> list[Tensor]:
@@ -147,8 +147,8 @@ def test_equals_the_decoders_own_steps(
     for rows_of, count, chunk in places:
         rows, hidden, expected = rows_of(count), model.hidden(count), model.hidden(count)
         one, other = model.decoder(), model.decoder()
-        one.forward(model.fused(one), hidden, rows, chunk)
-        other.forward(model.products(), expected, rows, chunk)
+        forward(one, model.fused(one), hidden, rows, chunk)
+        forward(other, model.products(), expected, rows, chunk)
         assert expected.isfinite().all()
         assert torch.equal(hidden, expected)
         assert not torch.equal(hidden, model.hidden(count))
@@ -168,13 +168,13 @@ def test_is_near_the_reference_arithmetic(
     model = Model(SHAPES[2], dtype, biased=True, qk_norm=True)
     rows, hidden, expected = tree_rows(9), model.hidden(9), model.hidden(9)
     one = model.decoder()
-    next(one.steps(model.fused(one), hidden, rows, 64))
+    one.layer(0, model.fused(one)[0], hidden, rows, 64)
     monkeypatch.setattr(decoding, "operations", lambda: REFERENCE)
     weights = [
         partial(substitute_linear_reference, tiles=each.tiles, n=each.n, k=each.k, bias=each.bias)
         for each in model.weights[0]
     ]
-    next(model.decoder().steps(Source([LayerProducts(*weights)] * LAYERS), expected, rows, 64))
+    model.decoder().layer(0, LayerProducts(*weights), expected, rows, 64)
     start = model.hidden(9).float()
     change = (expected.float() - start).norm()
     assert change > 0.3 * start.norm()
@@ -185,17 +185,15 @@ def test_a_pass_can_pause_after_each_layer(level: str) -> None:
     model = Model(SHAPES[0], torch.bfloat16, biased=True, qk_norm=False)
     one, other = model.decoder(), model.decoder()
     rows, hidden, expected = tree_rows(5), model.hidden(5), model.hidden(5)
-    steps = one.steps(model.fused(one), hidden, rows, 2)
-    next(steps)
+    layers = model.fused(one)
+    one.layer(0, layers[0], hidden, rows, 2)
     between = hidden.clone()
     untouched = model.decoder()
     assert not all(map(torch.equal, state(one)[:2], state(untouched)[:2]))
     assert all(map(torch.equal, state(one)[2:], state(untouched)[2:]))
-    next(steps)
+    one.layer(1, layers[1], hidden, rows, 2)
     assert not torch.equal(hidden, between)
-    with pytest.raises(StopIteration):
-        next(steps)
-    other.forward(model.products(), expected, rows, 5)
+    forward(other, model.products(), expected, rows, 5)
     assert torch.equal(hidden, expected)
 
 
@@ -205,7 +203,7 @@ def test_threads_change_nothing(level: str) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         decoder, hidden = model.decoder(), model.hidden(17)
-        decoder.forward(model.fused(decoder), hidden, tree_rows(17), 64)
+        forward(decoder, model.fused(decoder), hidden, tree_rows(17), 64)
         results.append([hidden, *state(decoder)])
     torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
@@ -219,5 +217,5 @@ def test_without_native_kernels_products_are_handed_out(monkeypatch: pytest.Monk
     decoder, hidden = model.decoder(), model.hidden(3)
     layers = [fused.draft_layer(*each) for each in zip(model.weights, decoder.settings, strict=True)]
     assert all(isinstance(layer, LayerProducts) for layer in layers)
-    decoder.forward(Source(layers), hidden, tree_rows(3), 64)
+    forward(decoder, layers, hidden, tree_rows(3), 64)
     assert hidden.isfinite().all()

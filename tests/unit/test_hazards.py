@@ -6,10 +6,9 @@ in which the actors can run.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from hypothesis import strategies as st
 
 from subspec.memory import hazards
 from subspec.memory.hazards import HazardChecker, HazardError
-from subspec.models.decoder import LayerProducts, Rows
-from subspec.models.kv_ledger import InexactError, KVLedger, LedgeredLayers
+from subspec.models.decoder import Rows
+from subspec.models.kv_ledger import InexactError, KVLedger, LedgeredPass
 
 PART = 8
 
@@ -315,9 +314,9 @@ def test_a_commit_that_keeps_what_a_draft_wrote_raises(start: int) -> None:
         made.swept(layer, [5, 7])
     made.drafted(2, [7])
     with pytest.raises(InexactError, match="keeps slot 7 of layer 2, which a draft wrote"):
-        made.moved([5, 7], start)
+        made.moved([5, 7], [start, start + 1])
     made.swept(2, [7])
-    made.moved([5, 7], start)
+    made.moved([5, 7], [start, start + 1])
     made.read_exact(0, [start, start + 1])
 
 
@@ -326,22 +325,17 @@ def test_what_a_commit_overwrites_is_exact() -> None:
     for layer in range(3):
         made.drafted(layer, [4])
         made.swept(layer, [6])
-    made.moved([6], 4)
+    made.moved([6], [4])
     made.read_exact(2, range(5))
-
-
-class Layers:
-    """Products that nobody uses."""
-
-    def layers(self) -> Iterator[LayerProducts]:
-        return iter([cast(LayerProducts, None)] * 3)
 
 
 def tree_rows(*lengths: int) -> Rows:
     """Rows at slots 4 and 5 that see two slots, then the first so many of slots 3, 4 and 2, 7."""
     numbers = partial(torch.tensor, dtype=torch.int32)
     paths = numbers([[3, 4], [2, 7]])
-    return Rows([1, 2], numbers([2, 3]), numbers([4, 5]), numbers([2, 2]), paths, numbers(lengths))
+    return Rows(
+        torch.tensor([1, 2]), numbers([2, 3]), numbers([4, 5]), numbers([2, 2]), paths, numbers(lengths)
+    )
 
 
 @pytest.mark.parametrize(("slot", "lengths", "seen"), [
@@ -353,14 +347,13 @@ def test_a_sweep_attends_to_its_prefix_and_paths(slot: int, lengths: tuple[int, 
     for layer in range(3):
         made.swept(layer, [7])
     made.drafted(1, [slot])
-    layers = LedgeredLayers(Layers(), made, tree_rows(*lengths), exact=True).layers()
-    next(layers)
-    next(layers)  # layer 0 is done
+    entered = LedgeredPass(made, tree_rows(*lengths), exact=True)
+    entered.layer(0)
     if seen:
         with pytest.raises(InexactError, match=f"slot {slot} of layer 1"):
-            next(layers)
+            entered.layer(1)
     else:
-        assert len(list(layers)) == 1
+        entered.layer(1)
         made.read_exact(1, [4, 5])
 
 
@@ -368,10 +361,9 @@ def test_a_draft_enters_what_it_writes_when_a_layer_is_done() -> None:
     made = ledger()
     for layer in range(3):
         made.swept(layer, [4, 5])
-    layers = LedgeredLayers(Layers(), made, tree_rows(2, 2), exact=False).layers()
-    next(layers)
+    entered = LedgeredPass(made, tree_rows(2, 2), exact=False)
     made.read_exact(0, [4, 5])
-    next(layers)
+    entered.layer(0)
     for slot in (4, 5):
         with pytest.raises(InexactError, match=f"slot {slot} of layer 0"):
             made.read_exact(0, [slot])

@@ -1,6 +1,7 @@
 """Sizes, the ledger of the budget, and the memory that is entered in it."""
 
 import mmap
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.errors import BudgetError, OptionError
+from subspec.memory import tiers
 from subspec.memory.arena import Arena, map_bytes
 from subspec.memory.tiers import (
     GIB,
@@ -17,7 +19,11 @@ from subspec.memory.tiers import (
     Link,
     MemoryBudget,
     default_budget,
+    default_memory,
+    default_ram,
+    default_vram,
     format_size,
+    free_memory_bytes,
     memory_limits,
     page_aligned,
     parse_size,
@@ -93,6 +99,12 @@ def test_the_budget_is_never_exceeded_and_a_refusal_enters_nothing(
         assert budget.held_bytes == taken == sum(budget.held.values()) <= total
 
 
+@pytest.mark.parametrize("option", ["--memory", "--vram", "--ram"])
+def test_a_refusal_names_the_option_that_raises_the_budget(option: str) -> None:
+    with pytest.raises(BudgetError, match=f"raise {option}$"):
+        MemoryBudget(10, option).take("slots", 11)
+
+
 def test_the_arena_hands_out_zeroed_whole_pages_and_enters_them() -> None:
     budget = MemoryBudget(1 << 20)
     arena, entered = Arena(budget), 0
@@ -149,6 +161,51 @@ def test_the_machine_says_what_it_has() -> None:
     assert available is not None
     assert 0 < available <= total
     assert 64 * MIB <= default_budget() <= total
+
+
+@relaxed
+@given(st.integers(0, 1 << 42))
+def test_defaults_leave_the_machine_its_share(free: int) -> None:
+    assert default_ram(free) == min(default_memory(free), int(0.6 * free)) <= free
+    assert default_ram(free + GIB) >= default_ram(free)
+    assert default_memory(free) >= 64 * MIB
+
+
+@relaxed
+@given(st.integers(0, 1 << 38), st.integers(0, 1 << 38))
+def test_the_default_of_vram_leaves_room_for_cuda(free: int, used: int) -> None:
+    budget, total = default_vram(free, free + used), free + used
+    assert 0 <= budget <= free
+    if budget:
+        assert free - budget >= 600 * MIB
+        assert free - budget >= total // 20
+        assert free - budget <= max(600 * MIB, total // 20)
+
+
+def test_defaults_at_known_sizes() -> None:
+    assert default_memory(10 * GIB) == 7 * GIB - 600 * MIB
+    assert default_ram(4 * GIB) == int(2.8 * GIB) - 600 * MIB
+    assert default_ram(100 * GIB) == 60 * GIB
+    assert default_vram(8 * GIB, 8 * GIB) == 8 * GIB - 600 * MIB
+    assert default_vram(80 * GIB, 80 * GIB) == 76 * GIB
+
+
+@pytest.mark.parametrize(("default", "option"), [(default_memory, "--memory"), (default_ram, "--ram")])
+def test_without_knowing_what_is_free_a_size_must_be_given(
+    default: Callable[[int | None], int], option: str
+) -> None:
+    with pytest.raises(OptionError, match=f"give {option}, for example {option} 4GiB"):
+        default(None)
+
+
+def test_what_is_free_is_the_least_of_what_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[str, int | None] = {"available_bytes": 9, "cgroup_limit_bytes": None}
+    monkeypatch.setattr(tiers, "memory_limits", lambda: limits)
+    assert free_memory_bytes() == 9
+    limits["cgroup_limit_bytes"] = 7
+    assert free_memory_bytes() == 7
+    limits.update(available_bytes=None, cgroup_limit_bytes=None)
+    assert free_memory_bytes() is None
 
 
 def test_the_peak_covers_what_was_touched() -> None:

@@ -19,6 +19,7 @@ from patience import PATIENCE_S, finishes
 
 from subspec.errors import StoreError
 from subspec.memory.arena import map_bytes
+from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.disk import ImageFile
 from subspec.memory.streamer import Streamer, Unit
 from subspec.memory.tiers import PAGE_BYTES
@@ -130,7 +131,9 @@ class Ring:
             self.files.append(file)
             units.append(Unit(f"unit{index}", file, len(content), zlib.crc32(content)))
         memory = [map_bytes(max(pages) * PAGE_BYTES) for _ in range(slots)]
-        self.streamer = kind(units, memory, threads=threads, request_bytes=request_pages * PAGE_BYTES)
+        self.backend = ThreadBackend()
+        request_bytes = request_pages * PAGE_BYTES
+        self.streamer = kind(units, memory, self.backend, threads=threads, request_bytes=request_bytes)
 
     def consume(self, index: int, *, release: bool = True) -> None:
         """Take the next unit, which must be ``index``, use it for a while, and give it back."""
@@ -168,6 +171,7 @@ class Ring:
     def close(self) -> None:
         self.unblock()
         self.streamer.close()
+        self.backend.close()
         for file in self.files:
             file.close()
 
@@ -343,8 +347,10 @@ def test_a_failure_ahead_of_use_is_forgotten_by_rewinding(tmp_path: Path) -> Non
 def test_closing_ends_every_reader(tmp_path: Path, threads: int) -> None:
     made = Ring(tmp_path, [4, 4, 4], 2, threads=threads)
     made.take(0)
+    readers = {thread for thread in threading.enumerate() if thread.name.startswith("reader")}
+    assert len(readers) == threads
     finishes(made.close)
-    assert not any(thread.is_alive() for thread in made.streamer._threads)
+    assert not any(thread.is_alive() for thread in readers)
     finishes(made.close)
 
 
@@ -396,20 +402,18 @@ class GivesBackEarly(Streamer):
 
 
 class ReadyEarly(Streamer):
-    """A unit counts as there as soon as its first part is."""
+    """A unit counts as there as soon as one reader's parts are."""
 
-    def _finish(self, load: int, size: int) -> None:
-        self._verified = [True] * len(self.units)
-        with self._changed:
-            self._ready.add(load)
-            self._changed.notify_all()
-        super()._finish(load, size)
+    def acquire(self) -> torch.Tensor:
+        load = self._loads[self._next]
+        self._backend.host_wait(self._slots[load.slot].arrived[1])
+        return self._slots[load.slot].memory[: self.units[load.index].n_bytes]
 
 
 class Unverified(Streamer):
     """Checksums are not compared."""
 
-    def _verify(self, index: int, view: memoryview) -> None:
+    def _verify(self, load: Any) -> None:
         pass
 
 
@@ -423,8 +427,8 @@ class NeverRewinds(Streamer):
 class OneSlot(Streamer):
     """Every load goes to the same slot."""
 
-    def __init__(self, units: Any, slots: Any, **choices: Any) -> None:
-        super().__init__(units, [slots[0]] * len(slots), **choices)
+    def __init__(self, units: Any, slots: Any, backend: Any, **choices: Any) -> None:
+        super().__init__(units, [slots[0]] * len(slots), backend, **choices)
 
 
 @pytest.mark.parametrize("kind", [GivesBackEarly, OneSlot])
@@ -442,7 +446,7 @@ def test_a_slot_written_too_early_is_caught(tmp_path: Path, kind: type[Streamer]
 
 
 def test_a_part_taken_for_the_whole_is_caught(tmp_path: Path) -> None:
-    blocked = (("unit0", 2 * PAGE_BYTES),)
+    blocked = (("unit0", 0),)
     with (
         ring(tmp_path, [4, 4], 2, kind=ReadyEarly, blocked=blocked) as made,
         pytest.raises(AssertionError, match="not what was asked for"),

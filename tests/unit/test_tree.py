@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subspec.models.decoder import Rows
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.tree import DraftTree
-from subspec.speculation.verify import walk
+from subspec.speculation.verify import row_numbers, walk
 
 VOCABULARY = 6
 relaxed = settings(deadline=None, max_examples=80)
@@ -73,7 +74,7 @@ def test_the_best_nodes_are_a_tree_and_no_better_one_is_left_out(tree: DraftTree
 def test_each_row_sees_the_prefix_its_ancestors_and_itself(tree: DraftTree, rng: random.Random) -> None:
     nodes = sorted(rng.sample(range(len(tree)), rng.randint(1, len(tree))))
     rows = tree.rows(nodes)
-    assert rows.tokens == [tree.tokens[node] for node in nodes]
+    assert rows.tokens.tolist() == [tree.tokens[node] for node in nodes]
     for row, node in enumerate(nodes):
         seen = rows.paths[row, : int(rows.path_lens[row])].tolist()
         assert seen == [tree.base + i for i in ancestors(tree, node)]
@@ -111,11 +112,11 @@ def test_the_walk_is_the_longest_path_that_the_target_agrees_with(
                 logits[row, tree.tokens[child]] = 9.0
     asked: list[tuple[int, list[int]]] = []
 
-    def choose(row: torch.Tensor, position: int, path: Sequence[int]) -> int:
+    def choose(row: int, position: int, path: Sequence[int]) -> int:
         asked.append((position, list(path)))
-        return int(row.argmax())
+        return int(logits[row].argmax())
 
-    result = walk(tree, nodes, logits, choose)
+    result = walk(tree, row_numbers(nodes), choose)
     path, tokens = oracle(tree, nodes, logits)
     assert result.nodes == path
     assert result.tokens == tokens
@@ -132,9 +133,9 @@ def test_a_grown_tree_has_its_shape_and_every_row_its_context(
     generator = torch.Generator().manual_seed(depth * 10 + width)
     tree, forwarded = DraftTree.rooted(3, 20), 0
 
-    def draft(rows: object) -> torch.Tensor:
+    def draft(rows: Rows) -> torch.Tensor:
         nonlocal forwarded
-        count = len(rows.tokens)  # type: ignore[attr-defined]
+        count = len(rows)
         forwarded += count
         return torch.randn((count, vocabulary), generator=generator)
 

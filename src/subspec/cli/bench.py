@@ -25,6 +25,14 @@ Prompts = Annotated[
         help='JSON lines {"turns": ["user message", …]}; each line\'s first message is used.',
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="All the memory the engine may hold, such as 1.5GiB.  [required, or --vram]",
+    ),
+]
 Limit = Annotated[
     int | None,
     typer.Option("--limit", metavar="K", help="Use K evenly spaced lines.  [default: all]"),
@@ -50,7 +58,10 @@ Out = Annotated[
 def bench(
     model: options.Model,
     prompts: Prompts,
-    memory: options.Memory,
+    memory: Memory = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    device: options.DeviceChoice = options.Device.AUTO,
     limit: Limit = None,
     max_new_tokens: options.MaxNewTokens = 128,
     plain_max_new_tokens: PlainMaxNewTokens = None,
@@ -75,12 +86,15 @@ def bench(
     from subspec.bench.runs import Models, Settings, parse_modes, run_prompts
 
     settings = Settings(parse_modes(modes), max_new_tokens, plain_max_new_tokens, temperature, seed)
+    if memory is None and vram is None:
+        raise OptionError("a bench needs a budget to be about: give --memory, or with a GPU --vram")
     chosen = load_prompts(prompts, limit)
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: there is no directory {out.parent}")
     if "raw" in settings.modes and (store is not None or stream is not None):
         raise OptionError("the mode raw has a store of its own: leave out --store and --stream, or raw")
-    engine = {"memory": memory, "context": context, "dtype": dtype, "store": store, "paranoid": paranoid}
+    budgets = {"memory": memory, "vram": vram, "ram": ram, "device": device.value}
+    engine = {**budgets, "context": context, "dtype": dtype, "store": store, "paranoid": paranoid}
     tree = {
         "depth": depth,
         "width": width,

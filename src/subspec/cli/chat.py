@@ -8,6 +8,9 @@ from subspec.cli.progress import TerminalProgress
 def chat(
     model: options.Model,
     memory: options.Memory = "auto",
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    device: options.DeviceChoice = options.Device.AUTO,
     context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 1024,
     temperature: options.Temperature = None,
@@ -34,6 +37,9 @@ def chat(
 
     engine = {
         "memory": memory,
+        "vram": vram,
+        "ram": ram,
+        "device": device.value,
         "context": context,
         "mode": mode.value,
         "dtype": dtype,

@@ -16,12 +16,23 @@ MEMORY = "200MiB"
 CONTEXT = 1024
 QUESTION = "Write a short story about a lighthouse keeper who finds a message in a bottle."
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help=f"All the memory the engine may hold; with a GPU: --vram.  [default: {MEMORY}]",
+    ),
+]
 Question = Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")]
 
 
 def demo(
     prompt: Question = QUESTION,
-    memory: options.Memory = MEMORY,
+    memory: Memory = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    device: options.DeviceChoice = options.Device.AUTO,
     max_new_tokens: options.MaxNewTokens = 128,
     store: options.Store = None,
 ) -> None:
@@ -29,11 +40,13 @@ def demo(
     from subspec.checkpoint.embedded import fetch_demo
 
     params = options.sampling(max_new_tokens=max_new_tokens)
+    budgets = {"vram": vram, "ram": ram, "device": device.value}
+    budgets["memory"] = MEMORY if memory is None and vram is None else memory
     with TerminalProgress() as progress:
         print("Fetching the model …", flush=True)
         fetch_demo(lambda step: print(f"  {step}", flush=True))
         print("Preparing it (once) …", flush=True)
-        with options.open_llm("demo", progress, memory=memory, context=CONTEXT, store=store) as llm:
+        with options.open_llm("demo", progress, **budgets, context=CONTEXT, store=store) as llm:
             print(f"\n{llm.plan.explain()}\n\n> {prompt}\n", flush=True)
             results = {}
             for mode in ("plain", "speculative"):

@@ -45,6 +45,9 @@ def generate(
     model: options.Model,
     prompt: Prompt = None,
     memory: options.Memory = "auto",
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    device: options.DeviceChoice = options.Device.AUTO,
     context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = None,
@@ -77,6 +80,9 @@ def generate(
         require_writable(trace)
     engine = {
         "memory": memory,
+        "vram": vram,
+        "ram": ram,
+        "device": device.value,
         "context": context,
         "mode": mode.value,
         "dtype": dtype,

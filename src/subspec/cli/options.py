@@ -22,6 +22,15 @@ class Mode(StrEnum):
     SPECULATIVE = "speculative"
 
 
+class Device(StrEnum):
+    """What computes; the tokens of two devices may differ, those of one device never do."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    EMULATED = "emulated"
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -34,8 +43,28 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="All the memory the engine may hold, such as 1.5GiB.",
+        help="All the memory the engine may hold, such as 1.5GiB; with a GPU: --vram.",
     ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="All that the engine may hold in the GPU's memory.  [default: what is free]",
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        "--ram",
+        metavar="SIZE",
+        help="All that it may pin in RAM behind the GPU; the rest stays on disk.  [default: up to 60 %]",
+    ),
+]
+DeviceChoice = Annotated[
+    Device,
+    typer.Option("--device", help="What computes; 'emulated' takes RAM for VRAM, to try plans."),
 ]
 Context = Annotated[
     int | None,

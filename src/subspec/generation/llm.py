@@ -12,14 +12,19 @@ from subspec.generation.clock import Clock
 from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result, Statistics
 from subspec.generation.text import TextStream
-from subspec.memory.tiers import default_budget, parse_size
+from subspec.memory.backend.cuda import CudaBackend
+from subspec.memory.backend.threads import ThreadBackend
+from subspec.memory.exhausted import exhausted
 from subspec.memory.timeline import Timeline, recorded
+from subspec.planning.device import AUTO, budgets_here
 from subspec.planning.hardware import measure_costs, stored_images
 from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.adaptive import Speculator
+from subspec.speculation.ahead import Ahead
 from subspec.speculation.calibration import calibrations
-from subspec.speculation.decode import decode
+from subspec.speculation.decode import Commit, decode
 from subspec.speculation.draft import TreeShape
+from subspec.speculation.learner import Learner
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.times import StepTimes
@@ -35,7 +40,8 @@ class LLM:
 
     Args:
         model: a Hugging Face directory, a GGUF file, a hub id, ``demo``, or a prepared store.
-        memory: bound on everything the engine holds: ``"1.5GiB"``, bytes, or ``"auto"``.
+        memory: bound on everything the engine holds: ``"1.5GiB"``, bytes, or ``"auto"``; on a device the
+            same as ``vram``.
         context: most tokens of prompt and text together; default 4096 or the model's limit.
         mode: ``speculative``, or ``plain``: the same engine with a one-node tree, and the same tokens.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
@@ -50,11 +56,16 @@ class LLM:
         store: where the prepared model lies or goes; default: under the user's cache directory.
         prefill_chunk: prompt rows that go through a layer at once.
         progress: called with (task, done, total) while preparing and loading.
+        vram: bound on what is held in a CUDA device's memory; default: what is free, but for a reserve.
+        ram: bound on what is pinned in RAM behind a device; default: 60 % of what is free at most.
+        device: ``auto``: a CUDA device if there is one, else the CPU; ``cpu``; ``cuda``; or ``emulated``: the
+            CPU with a part of RAM in the place of VRAM.
 
     Attributes:
-        plan: what the budget is spent on.
-        tree: what drafts: a ``Speculator``, or the fixed tree that was asked for.  May be set to another
-            tree within the plan's bounds.
+        plan: what the budgets are spent on.
+        device: ``cpu``, ``cuda`` or ``emulated``.
+        tree: what drafts: a ``Speculator``, or the fixed tree that was asked for; on a device an ``Ahead``
+            for either.  May be set to another one of its kind within the plan's bounds.
         config: the model's configuration.
         name: the model's short name.
         store_path: the prepared model.
@@ -82,19 +93,26 @@ class LLM:
         store: str | Path | None = None,
         prefill_chunk: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        device: str = AUTO,
     ) -> None:
         self.mode = _checked_mode(mode)
-        budget = default_budget() if memory == "auto" else parse_size(memory)
-        request = Request(budget, context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
+        budgets = budgets_here(device, memory, vram, ram)
+        budgets.require_dtype(dtype)
+        self.device = budgets.device
+        wishes = (context, depth, width, nodes, min_reach, draft_temperature, prefill_chunk)
+        request = Request(budgets.fast_bytes, *wishes, budgets.host_bytes)
         place = Path(store) if store else None
         self.store_path = prepare(model, store=place, dtype=dtype, stream=stream, progress=progress)
         opened = Store(self.store_path)
         self.config, self.name = opened.config, opened.manifest.name
+        budgets.require_dtype(opened.manifest.dtype)
         self.plan: Plan = _planned(opened, request)
-        self.engine = Engine(opened, self.plan, progress, paranoid=paranoid)
-        self.tree: TreeShape | Speculator = self.plan.tree
-        if self.plan.adaptive:
-            self.tree = _speculator(self.plan, load_calibration(self.store_path))
+        self.engine = _built(opened, self.plan, self.device, progress, paranoid)
+        self.tree: TreeShape | Speculator | Ahead = _tree(
+            self.plan, self.engine, load_calibration(self.store_path)
+        )
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._turn = 0
@@ -175,8 +193,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._turn += 1
-            if isinstance(self.tree, Speculator):
-                save_calibration(self.store_path, self.tree.learnt())
+            if isinstance(self.tree, Learner) and (learnt := self.tree.learnt()):
+                save_calibration(self.store_path, learnt)
             self.engine.close()
 
     def __enter__(self) -> Self:
@@ -198,14 +216,14 @@ class LLM:
             "plain_layers": len(self.plan.plain_layers),
             "store_version": manifest.version,
             "codec": manifest.codec,
-            "product": self.engine.product.name,
+            "product": self.engine.weights.product.name,
             "direct_reads": self.engine.store.direct,
             "hazard_checks": self.engine.checker is not None,
         }
 
     def speculation(self) -> dict[str, Any]:
         """What speculation has learnt here, as plain data for result files; empty for a fixed tree."""
-        return self.tree.describe() if isinstance(self.tree, Speculator) else {}
+        return self.tree.describe() if isinstance(self.tree, Learner) else {}
 
     def _run(self, ids: list[int], params: SamplingParams, mode: str) -> Iterator[Piece]:
         """Decode one text; keeps ``_cached`` true at every step."""
@@ -218,7 +236,8 @@ class LLM:
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = _Answer(self, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
-        for commit in decode(self.engine, ids, reused, sampler, shape, limit, self.engine.timeline):
+        commits = decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline)
+        for commit in _explained(commits, self.engine):
             known = ids + answer.token_ids + commit.tokens
             text, tokens = answer.take(commit.tokens)
             self._cached = known[:-1][: len(ids) + len(answer.token_ids)]
@@ -231,6 +250,16 @@ class LLM:
             clock.resume()
             if turn != self._turn:
                 raise OptionError("this text cannot go on: another one was begun, or the model was closed")
+
+
+def _explained(commits: Iterator[Commit], engine: Engine) -> Iterator[Commit]:
+    """The commits; a device that runs out of memory meanwhile is explained."""
+    while True:
+        with exhausted(engine.budget):
+            commit = next(commits, None)
+        if commit is None:
+            return
+        yield commit
 
 
 @dataclass
@@ -278,15 +307,34 @@ def _planned(store: Store, request: Request) -> Plan:
     small_bytes = store.manifest.files["small.safetensors"].n_bytes
     sizes = store.config, store.dtype.itemsize, small_bytes, request, stored_images(store)
     plan = make_plan(*sizes)
-    if store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
-        return plan
+    if plan.device_tier or store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
+        return plan  # the trial is of the CPU's kernels: it says nothing of a device's
     return make_plan(*sizes, measure_costs(store))
 
 
-def _speculator(plan: Plan, learnt: dict[str, dict[str, float]]) -> Speculator:
-    """What finds out how much of a tree pays, within a plan's bounds, from where earlier processes got to."""
-    policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
-    return Speculator(policy, calibrations(learnt), plan.tree_slots)
+def _built(
+    store: Store,
+    plan: Plan,
+    device: str,
+    progress: Callable[[str, int, int], None] | None,
+    paranoid: bool,
+) -> Engine:
+    """The engine that runs a plan on a device."""
+    backend = CudaBackend() if device == "cuda" else ThreadBackend()
+    return Engine(store, plan, progress, paranoid=paranoid, backend=backend)
+
+
+def _tree(plan: Plan, engine: Engine, learnt: dict[str, dict[str, float]]) -> TreeShape | Speculator | Ahead:
+    """What drafts under a plan, from where earlier processes got to."""
+    policy = None
+    if plan.adaptive:
+        policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
+    if plan.device_tier:
+        grown_on = engine.cache.keys.device
+        ahead = Ahead(plan.tree, engine.config.vocab_size, grown_on, calibrations(learnt), policy)
+        engine.settle()
+        return ahead
+    return plan.tree if policy is None else Speculator(policy, calibrations(learnt), plan.tree_slots)
 
 
 def _checked_mode(mode: str) -> str:

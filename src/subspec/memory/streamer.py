@@ -1,231 +1,335 @@
 """The slot ring: brings the units of a sweep into a few fixed slots, in order, ahead of their use.
 
 The units form a cycle: after the last one of a sweep comes the first one of the next, so that the next
-sweep's first units load while the draft runs.  Reader threads fill slot ``i % slots`` with the ``i``-th
-load as soon as the load that held the slot was released.  The consumer calls ``acquire`` and ``release``
-once a unit, in order.
+sweep's first units load while the draft runs.  Load ``i`` goes to slot ``i % slots``, and begins as soon as
+the load that held the slot was released.  The consumer calls ``acquire`` and ``release`` once a unit.
 
-Two rules keep it free of races: a reader touches a slot only between its release and its next ``ready``; the
-consumer reads it only between ``acquire`` and ``release``.  Knows nothing of what the bytes mean.
+A unit comes from a file, by reader threads: straight into the slot where slots lie in host memory, else
+through pinned staging buffers and the copy stream.  Or it comes from pinned host memory, by the copy stream
+alone.  What keeps this free of races is two-way: a slot is written once *free*, recorded on the compute
+stream at its release, is reached; and read once every part has *arrived* and is *copied*.  A staging buffer
+is written once it is *emptied*.
+
+The schedule runs on whatever ``backend`` is given.  Knows nothing of what the bytes mean.
 """
 
 import threading
 import time
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from subspec.errors import StoreError
-from subspec.memory.disk import ImageFile, check_crc32, writable
-from subspec.memory.hazards import HazardChecker
-from subspec.memory.ring_hazards import RingHazards, Unwatched
+from subspec.memory.backend import Backend, Event, Stream
+from subspec.memory.checksum import joined
+from subspec.memory.disk import ImageFile, require_crc32, writable
 from subspec.memory.timeline import Timeline
 
 REQUEST_BYTES = 8 << 20
 THREADS = 2
+STAGING_BUFFERS = 2  # a reader: one is filled while the other one empties
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of bytes that is streamed whole: a page-aligned image file, with the CRC-32 of its bytes."""
+    """One run of bytes that is streamed whole.
+
+    Attributes:
+        name: for messages and traces.
+        file: the page-aligned file that holds exactly these bytes.
+        n_bytes: how many.
+        crc32: their CRC-32.
+        image: (n_bytes,) uint8, pinned host memory that holds them, verified: then nothing is read.
+    """
 
     name: str
     file: ImageFile
     n_bytes: int
     crc32: int
+    image: torch.Tensor | None = None
+
+
+@dataclass
+class _Load:
+    """One unit on its way into one slot, or there.
+
+    Attributes:
+        index: of the unit; ``slot``: of the slot.
+        parts: CRC-32 and bytes of each part, as they are read; None where it is not wanted.
+        dropped: nobody wants it any more: parts that were not read yet will not be.
+        error: what a reader met.
+    """
+
+    index: int
+    slot: int
+    parts: list[tuple[int, int]] | None
+    dropped: bool = False
+    error: Exception | None = None
+
+
+@dataclass
+class _Reader:
+    """A reader thread.
+
+    Attributes:
+        stream: the thread.
+        buffers: its staging buffers with the events that say when they are empty; none: it reads into slots.
+        turn: which buffer is next; the thread's own.
+    """
+
+    stream: Stream
+    buffers: list[tuple[torch.Tensor, Event]] = field(default_factory=list)
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A slot and its events.
+
+    Attributes:
+        memory: uint8.
+        free: on the compute stream: what used it is done.
+        arrived: on each reader: its parts are read, and their copies enqueued.
+        copied: on the copy stream: what each reader enqueued is there.
+    """
+
+    memory: torch.Tensor
+    free: Event
+    arrived: list[Event]
+    copied: list[Event]
 
 
 class Streamer:
     """Streams ``units`` cyclically through ``slots``.
 
     Args:
-        units: at least one; each file holds exactly its unit's bytes.
+        units: at least one.
         slots: page-aligned uint8 tensors, each as large as the largest unit.
+        backend: runs it; stays the caller's.
+        staging: pinned uint8 host buffers of ``request_bytes`` for units that come from files,
+            ``STAGING_BUFFERS`` a reader; none: readers write to the slots themselves.
         threads: reader threads.
         request_bytes: size of one read.
         paranoid: verify a unit's checksum every time it is read, not only the first time.
-        checker: is told of every access to the slots and of what orders it.
 
     Attributes:
-        streamed_bytes, wait_s: bytes read, and seconds that the consumer waited, since it was made.
+        streamed_bytes: bytes that came into slots; ``read_bytes``: of those, bytes that were read from files.
+        wait_s: seconds that the consumer was blocked; ``busy_s``: that at least one read was under way.
         timeline: gets a span for each read that ends and for each wait, while it is set.
 
-    Checksums are verified by the reader thread that completes a unit.
+    Parts are summed by the reader that reads them; a unit's checksum is compared when it is acquired.
     """
 
     def __init__(
         self,
         units: Sequence[Unit],
         slots: Sequence[torch.Tensor],
+        backend: Backend,
         *,
+        staging: Sequence[torch.Tensor] = (),
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
         paranoid: bool = False,
-        checker: HazardChecker | None = None,
     ) -> None:
         if not units or not slots:
             raise ValueError(f"{len(units)} units cannot stream through {len(slots)} slots")
-        self.units = list(units)
-        self.slots = list(slots)
-        self._views = [writable(slot) for slot in slots]
-        self._request_bytes = request_bytes
+        self.units, self._backend = list(units), backend
+        self._request_bytes, self._paranoid = request_bytes, paranoid
         self._verified = [False] * len(units)
-        self._paranoid = paranoid
-        self._changed = threading.Condition()
-        self._begin(0)
-        self._in_flight = 0
+        copies = bool(staging) or any(unit.image is not None for unit in units)
+        self._copies = backend.stream("copies") if copies else backend.compute
+        reads = any(unit.image is None for unit in units)
+        self._readers = [self._reader(number, staging) for number in range(threads if reads else 0)]
+        self._slots = [self._slot(number, memory) for number, memory in enumerate(slots)]
+        self._requests = 0  # so far: they go to the readers in turn
         self._closed = False
-        self.streamed_bytes = 0
-        self.wait_s = 0.0  # that `acquire` blocked
-        self.busy_s = 0.0  # that at least one read was under way
-        self._busy_since = 0.0
+        self._counting = threading.Lock()
+        self._in_flight, self._busy_since = 0, 0.0
+        self.streamed_bytes = self.read_bytes = 0
+        self.wait_s = self.busy_s = 0.0
         self.timeline: Timeline | None = None
-        names = [f"reader {index}" for index in range(threads)]
-        self._watch = Unwatched()
-        if checker is not None:
-            self._watch = RingHazards(checker, [slot.data_ptr() for slot in slots], names)
-        self._threads = [threading.Thread(target=self._read_loop, name=name, daemon=True) for name in names]
-        for thread in self._threads:
-            thread.start()
+        self._begin(0)
 
-    def _begin(self, load: int) -> None:
-        """Forget every load and start again at load number ``load``."""
-        self._loading = load  # the load that requests are taken from
-        self._offset = 0  # where its next request starts
-        self._released = load  # loads whose slot has been given back; also the next load to consume
-        self._missing: dict[int, int] = {}  # load → bytes not yet there
-        self._ready: set[int] = set()
-        self._error: Exception | None = None
+    def _reader(self, number: int, staging: Sequence[torch.Tensor]) -> _Reader:
+        """A reader thread, with its share of the staging buffers."""
+        own = staging[number * STAGING_BUFFERS : (number + 1) * STAGING_BUFFERS]
+        buffers = [
+            (buffer, self._backend.event(f"reader {number} emptied {turn}"))
+            for turn, buffer in enumerate(own)
+        ]
+        return _Reader(self._backend.stream(f"reader {number}", host=True), buffers)
+
+    def _slot(self, number: int, memory: torch.Tensor) -> _Slot:
+        """A slot with its events."""
+        event = self._backend.event
+        arrived = [event(f"slot {number} arrived {reader}") for reader in range(len(self._readers))]
+        copied = [event(f"slot {number} copied {reader}") for reader in range(max(len(self._readers), 1))]
+        return _Slot(memory, event(f"slot {number} free"), arrived, copied)
+
+    def _begin(self, number: int) -> None:
+        """Start the loads from ``number`` on that there are slots for."""
+        self._next = number  # the next load to consume
+        self._loads = {one: self._start(one) for one in range(number, number + len(self._slots))}
+
+    # --- the consumer ---
 
     def acquire(self) -> torch.Tensor:
-        """The next unit's bytes: a view of its slot, valid until ``release``.  Blocks until they are there.
+        """The next unit's bytes: a view of its slot, valid for the compute stream until ``release``.
+
+        Blocks until they have arrived, or are on their way on the copy stream; the compute stream waits for
+        the rest.
 
         Raises:
             StoreError: reading failed before the unit was there, its checksum is wrong, or ``close`` was
                 called.
         """
         start = time.perf_counter()
-        with self._changed:
-            load = self._released
-            while load not in self._ready and self._error is None and not self._closed:
-                self._changed.wait()
-            if load not in self._ready:
-                raise self._error or StoreError("the model is closed")
-        end, unit = time.perf_counter(), self.units[load % len(self.units)]
+        load = self._loads[self._next]
+        slot, unit = self._slots[load.slot], self.units[load.index]
+        for event in slot.arrived:
+            self._backend.host_wait(event)
+        end = time.perf_counter()
         self.wait_s += end - start
         if self.timeline is not None:
             self.timeline.span("sweep", "wait", start, end, unit=unit.name)
-        self._watch.acquired(load, unit.n_bytes)
-        return self.slots[load % len(self.slots)][: unit.n_bytes]
+        if self._closed:
+            raise StoreError("the model is closed")
+        self._verify(load)
+        for event in slot.copied:
+            self._backend.wait(self._backend.compute, event)
+        return slot.memory[: unit.n_bytes]
 
     def ready(self) -> bool:
-        """Whether ``acquire`` would return, or raise, at once."""
-        with self._changed:
-            return self._released in self._ready or self._error is not None or self._closed
+        """Whether the next unit is in its slot, or ``acquire`` would raise at once."""
+        load = self._loads[self._next]
+        slot = self._slots[load.slot]
+        return self._closed or all(map(self._backend.done, (*slot.arrived, *slot.copied)))
 
     def release(self) -> None:
-        """Give the acquired slot back to the readers."""
-        with self._changed:
-            self._watch.released(self._released)
-            self._ready.discard(self._released)
-            self._released += 1
-            self._changed.notify_all()
+        """Give the acquired slot back, for when what the compute stream was given so far is done."""
+        load = self._loads.pop(self._next)
+        self._backend.record(self._slots[load.slot].free, self._backend.compute)
+        ahead = self._next + len(self._slots)
+        self._next += 1
+        self._loads[ahead] = self._start(ahead)
 
     def rewind(self) -> None:
         """Make the first unit the next one, after a sweep that was broken off or failed; else do nothing."""
-        with self._changed:
-            if self._released % len(self.units) == 0 and self._error is None:
-                return
-            self._error = StoreError("the sweep was broken off")  # keeps the readers from taking more
-            while self._in_flight:
-                self._changed.wait()
-            sweeps = -(-self._released // len(self.units))
-            self._watch.rewound(sweeps * len(self.units))
-            self._begin(sweeps * len(self.units))
-            self._changed.notify_all()
+        if self._next % len(self.units) == 0 and not any(load.error for load in self._loads.values()):
+            return
+        self._drop()
+        for slot in self._slots:
+            for event in slot.copied:
+                self._backend.wait(self._backend.compute, event)
+            self._backend.record(slot.free, self._backend.compute)
+        self._begin(-(-self._next // len(self.units)) * len(self.units))
 
     def close(self) -> None:
-        """Stop the readers.  The slots are the caller's; the files are closed by their owner."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        """Let the reads under way end, and begin no others.  Slots, files and backend are the caller's."""
+        self._closed = True
+        self._drop()
 
-    def _read_loop(self) -> None:
-        """A reader thread: take a request, fill its part of the slot, until closed."""
-        while (request := self._next_request()) is not None:
-            load, offset, size = request
-            unit = self.units[load % len(self.units)]
-            try:
-                self._watch.filling(load, offset, size)
-                start = time.perf_counter()
-                unit.file.read(self._views[load % len(self.slots)][offset : offset + size], offset)
-                if (timeline := self.timeline) is not None:
-                    track, end = f"link: {threading.current_thread().name}", time.perf_counter()
-                    timeline.span(track, unit.name, start, end, offset=offset, bytes=size)
-                self._finish(load, size)
-            except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
-                with self._changed:
-                    self._error = self._error or error
-            finally:
-                with self._changed:
-                    self._watch.idle()
-                    self._in_flight -= 1
-                    if not self._in_flight:
-                        self.busy_s += time.perf_counter() - self._busy_since
-                    self._changed.notify_all()
+    def _drop(self) -> None:
+        """Wait until nothing is being read."""
+        for load in self._loads.values():
+            load.dropped = True
+        for slot in self._slots:
+            for event in slot.arrived:
+                self._backend.host_wait(event)
 
-    def _next_request(self) -> tuple[int, int, int] | None:
-        """(load, offset, bytes) of the next read, once a slot is free for it; None when closed."""
-        with self._changed:
-            while not self._closed:
-                load, offset = self._loading, self._offset
-                if self._error is None and self._is_free(load):
-                    n_bytes = self.units[load % len(self.units)].n_bytes
-                    size = min(self._request_bytes, n_bytes - offset)
-                    self._missing.setdefault(load, n_bytes)
-                    self._offset += size
-                    if self._offset == n_bytes:
-                        self._loading, self._offset = load + 1, 0
-                    if not self._in_flight:
-                        self._busy_since = time.perf_counter()
-                    self._in_flight += 1
-                    return load, offset, size
-                self._changed.wait()
-            return None
-
-    def _is_free(self, load: int) -> bool:
-        """Whether the slot of the next load to read was given back."""
-        if load >= self._released + len(self.slots):
-            return False
-        self._watch.free(load)
-        return True
-
-    def _finish(self, load: int, size: int) -> None:
-        """Note that ``size`` bytes of a load are there; the thread that completes it makes it ready."""
-        with self._changed:
-            self._watch.filled(load)
-            self.streamed_bytes += size
-            self._missing[load] -= size
-            if self._missing[load]:
-                return
-            del self._missing[load]
-        index = load % len(self.units)
-        self._watch.complete(load, self.units[index].n_bytes)
-        if self._paranoid or not self._verified[index]:
-            self._verify(index, self._views[load % len(self.slots)])
-        with self._changed:
-            self._watch.ready(load)
-            self._ready.add(load)
-
-    def _verify(self, index: int, view: memoryview) -> None:
-        """Compare a unit's bytes with its checksum.
+    def _verify(self, load: _Load) -> None:
+        """Raise what went wrong with a load whose parts have arrived.
 
         Raises:
-            StoreError: they differ.
+            StoreError: a read failed, or the checksum differs.
         """
-        unit = self.units[index]
-        check_crc32(view[: unit.n_bytes], unit.crc32, unit.file.path)
-        self._verified[index] = True
+        unit = self.units[load.index]
+        if load.error is None and load.parts is not None:
+            try:
+                require_crc32(joined(load.parts), unit.crc32, unit.file.path)
+                self._verified[load.index] = True
+            except StoreError as error:
+                load.error = error
+        if load.error is not None:
+            raise load.error
+
+    # --- loads ---
+
+    def _start(self, number: int) -> _Load:
+        """Begin a load: its slot was given back."""
+        index, place = number % len(self.units), number % len(self._slots)
+        unit, slot, backend = self.units[index], self._slots[place], self._backend
+        if unit.image is not None:
+            load = _Load(index, place, None)
+            backend.wait(self._copies, slot.free)
+            backend.copy(self._copies, slot.memory[: unit.n_bytes], unit.image, f"load {number}")
+            backend.record(slot.copied[0], self._copies)
+            self.streamed_bytes += unit.n_bytes
+            return load
+        sizes = [
+            (offset, min(self._request_bytes, unit.n_bytes - offset))
+            for offset in range(0, unit.n_bytes, self._request_bytes)
+        ]
+        summed = self._paranoid or not self._verified[index]
+        load = _Load(index, place, [(0, size) for _, size in sizes] if summed else None)
+        for part, (offset, size) in enumerate(sizes):
+            turn = self._requests % len(self._readers)
+            work = partial(self._read, load, part, offset, size, turn)
+            backend.launch(self._readers[turn].stream, work, note=f"load {number}")
+            self._requests += 1
+        for reader, event in zip(self._readers, slot.arrived, strict=True):
+            backend.record(event, reader.stream)
+        return load
+
+    def _read(self, load: _Load, part: int, offset: int, size: int, turn: int) -> None:
+        """A reader's work: bring one part of a load, unless nobody wants it any more."""
+        if load.dropped or load.error is not None or self._closed:
+            return
+        reader, memory = self._readers[turn], self._slots[load.slot].memory[offset : offset + size]
+        try:
+            if not reader.buffers:
+                self._backend.host_wait(self._slots[load.slot].free)
+                self._fill(load, part, offset, memory, reader)
+            else:
+                buffer, emptied = reader.buffers[reader.turn]
+                reader.turn = (reader.turn + 1) % len(reader.buffers)
+                self._backend.host_wait(emptied)
+                self._fill(load, part, offset, buffer[:size], reader)
+                self._backend.wait(self._copies, self._slots[load.slot].free)
+                self._backend.copy(self._copies, memory, buffer[:size], f"part {part}")
+                self._backend.record(emptied, self._copies)
+                self._backend.record(self._slots[load.slot].copied[turn], self._copies)
+        except Exception as error:  # noqa: BLE001 - whatever a reader meets, the sweep must hear of it
+            load.error = error
+
+    def _fill(self, load: _Load, part: int, offset: int, memory: torch.Tensor, reader: _Reader) -> None:
+        """Read a part into host memory, and sum it if its checksum is to be compared."""
+        unit, view = self.units[load.index], writable(memory)
+        self._backend.touch(writes=[memory], note=f"{unit.name} at {offset}")
+        start = self._count(begins=True)
+        try:
+            unit.file.read(view, offset)
+        finally:
+            end = self._count(begins=False)
+        with self._counting:
+            self.streamed_bytes += len(view)
+            self.read_bytes += len(view)
+        if (timeline := self.timeline) is not None:
+            track = f"link: {reader.stream.name}"
+            timeline.span(track, unit.name, start, end, offset=offset, bytes=len(view))
+        if load.parts is not None:
+            load.parts[part] = zlib.crc32(view), len(view)
+
+    def _count(self, *, begins: bool) -> float:
+        """A read begins or ends: what time it is; keeps ``busy_s``."""
+        now = time.perf_counter()
+        with self._counting:
+            if begins and not self._in_flight:
+                self._busy_since = now
+            self._in_flight += 1 if begins else -1
+            if not self._in_flight:
+                self.busy_s += now - self._busy_since
+        return now

@@ -39,10 +39,15 @@ class Link:
 
 
 class MemoryBudget:
-    """A ledger of what the engine holds, by purpose; refuses what would exceed the budget."""
+    """A ledger of what the engine holds in one tier, by purpose; refuses what would exceed the budget.
 
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
+    Args:
+        total_bytes: the budget.
+        option: what raises it, for messages: ``--memory``, ``--vram`` or ``--ram``.
+    """
+
+    def __init__(self, total_bytes: int, option: str = "--memory") -> None:
+        self.total_bytes, self.option = total_bytes, option
         self.held: dict[str, int] = {}
 
     @property
@@ -59,7 +64,7 @@ class MemoryBudget:
         if self.held_bytes + n_bytes > self.total_bytes:
             raise BudgetError(
                 f"{purpose} needs {format_size(n_bytes)}; {format_size(self.held_bytes)} of the budget of "
-                f"{format_size(self.total_bytes)} is taken: raise --memory"
+                f"{format_size(self.total_bytes)} is taken: raise {self.option}"
             )
         self.held[purpose] = self.held.get(purpose, 0) + n_bytes
 
@@ -117,19 +122,51 @@ def memory_limits() -> dict[str, int | None]:
     return {"total_bytes": total, "available_bytes": available, "cgroup_limit_bytes": limit}
 
 
-def default_budget() -> int:
+def free_memory_bytes() -> int | None:
+    """Memory that this process may still use, as far as the system says; None if it does not."""
+    limits = memory_limits()
+    known = [size for size in (limits["available_bytes"], limits["cgroup_limit_bytes"]) if size is not None]
+    return min(known, default=None)
+
+
+def default_memory(free_bytes: int | None) -> int:
     """The budget of ``--memory auto``: 70 % of what is free, less 600 MiB for interpreter and libraries.
 
     Raises:
-        OptionError: the machine does not say how much memory it has.
+        OptionError: nobody knows how much is free.
     """
-    limits = memory_limits()
-    known = [size for size in (limits["available_bytes"], limits["cgroup_limit_bytes"]) if size is not None]
-    if not known:
+    return max(int(0.7 * _known(free_bytes, "--memory")) - 600 * MIB, 64 * MIB)
+
+
+def default_ram(free_bytes: int | None) -> int:
+    """The budget of ``--ram auto``: like ``--memory``'s, but never above 60 % of what is free.
+
+    What it holds is pinned, and can neither be swapped nor dropped: the rest of the machine needs its share.
+
+    Raises:
+        OptionError: nobody knows how much is free.
+    """
+    free = _known(free_bytes, "--ram")
+    return min(default_memory(free), int(0.6 * free))
+
+
+def default_vram(free_bytes: int, total_bytes: int) -> int:
+    """The budget of ``--vram auto``: what is free, less 600 MiB or 5 % of all for CUDA and for fragments."""
+    return max(free_bytes - max(600 * MIB, total_bytes // 20), 0)
+
+
+def default_budget() -> int:
+    """``default_memory`` of this machine; raises as it does."""
+    return default_memory(free_memory_bytes())
+
+
+def _known(free_bytes: int | None, option: str) -> int:
+    """What is free, or an error that asks for the option."""
+    if free_bytes is None:
         raise OptionError(
-            "this system does not say how much memory is free: give --memory, for example --memory 4GiB"
+            f"this system does not say how much memory is free: give {option}, for example {option} 4GiB"
         )
-    return max(int(0.7 * min(known)) - 600 * MIB, 64 * MIB)
+    return free_bytes
 
 
 def _cgroup_limit() -> int | None:

@@ -5,7 +5,7 @@ long the prompt is; within a layer, rows go in chunks that bound the workspace. 
 weights come from.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,7 +70,7 @@ class Rows:
     """What a pass computes: one row a token.  All tensors are int32 except ``tokens``.
 
     Attributes:
-        tokens: (T,) token ids.
+        tokens: (T,) token ids, int64.
         positions: (T,) their positions.
         slots: (T,) where their keys and values go.
         prefix: (T,) how many leading slots each row sees.
@@ -78,23 +78,24 @@ class Rows:
         path_lens: (T,) how many of them count.
     """
 
-    tokens: list[int]
+    tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     prefix: torch.Tensor
     paths: torch.Tensor
     path_lens: torch.Tensor
 
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
     def chunk(self, start: int, stop: int) -> "Rows":
         """Rows start … stop − 1, as views."""
-        return Rows(
-            self.tokens[start:stop],
-            self.positions[start:stop],
-            self.slots[start:stop],
-            self.prefix[start:stop],
-            self.paths[start:stop],
-            self.path_lens[start:stop],
-        )
+        return self.mapped(lambda part: part[start:stop])
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        """Rows whose every tensor went through ``change``."""
+        parts = (self.tokens, self.positions, self.slots, self.prefix, self.paths, self.path_lens)
+        return Rows(*map(change, parts))
 
 
 class WholeLayer(Protocol):
@@ -105,21 +106,12 @@ class WholeLayer(Protocol):
         ...
 
 
-class LayerSource(Protocol):
-    """Hands out each layer in order, one at a time: its products, or the whole of it."""
-
-    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
-        """One pass; a layer is valid until the next one is asked for."""
-        ...
-
-
 def prefix_rows(tokens: list[int], start: int) -> Rows:
     """Rows of consecutive tokens at positions and slots from ``start`` on; each sees all up to itself."""
     positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
     none = torch.zeros((len(tokens), 0), dtype=torch.int32)
-    return Rows(
-        tokens, positions, positions, positions + 1, none, torch.zeros(len(tokens), dtype=torch.int32)
-    )
+    lengths = torch.zeros(len(tokens), dtype=torch.int32)
+    return Rows(torch.tensor(tokens), positions, positions, positions + 1, none, lengths)
 
 
 def finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
@@ -144,44 +136,35 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, norms: list[LayerNorms], cache: KVCache) -> None:
-        self._ops = operations()
-        cos, sin = rope_tables(config.rope, config.head_dim, cache.slots)
+        device = cache.keys.device
+        self._ops = operations(device)
+        cos, sin = (part.to(device) for part in rope_tables(config.rope, config.head_dim, cache.slots))
         heads, eps, scale = config.heads, config.rms_norm_eps, config.head_dim**-0.5
         self.settings = [
             LayerSetting(gains, *cache.layer(index), cos, sin, heads, eps, scale)
             for index, gains in enumerate(norms)
         ]
 
-    def forward(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> torch.Tensor:
-        """Run all layers over ``rows``: ``steps`` to its end; returns ``hidden`` itself."""
-        for _ in self.steps(source, hidden, rows, chunk_rows):
-            pass
-        return hidden
-
-    def steps(self, source: LayerSource, hidden: torch.Tensor, rows: Rows, chunk_rows: int) -> Iterator[None]:
-        """Run all layers over ``rows``, pausing after each one.
-
-        Between two layers the caller may do anything but write ``hidden`` or the slots that ``rows`` see; a
-        pass that is dropped there leaves ``hidden`` between layers and the later layers' slots unwritten.
+    def layer(
+        self, index: int, layer: LayerProducts | WholeLayer, hidden: torch.Tensor, rows: Rows, chunk_rows: int
+    ) -> None:
+        """Run one layer over ``rows``, added into ``hidden``; their keys and values are written.
 
         Args:
-            source: the weights.
-            hidden: (T, C) embeddings of the tokens; in the end, hidden states before the final norm.
+            index: of the layer.
+            layer: its products, or the whole of it.
+            hidden: (T, C) what the layer before left; of the first one, embeddings.
             rows: the rows' places.
-            chunk_rows: how many rows go through a layer at once.
+            chunk_rows: how many rows go through the layer at once.
         """
-        bounds = [
-            (start, min(start + chunk_rows, len(rows.tokens)))
-            for start in range(0, len(rows.tokens), chunk_rows)
-        ]
-        chunks = [(hidden[start:stop], rows.chunk(start, stop)) for start, stop in bounds]
-        for setting, layer in zip(self.settings, source.layers(), strict=True):
-            for part, places in chunks:
-                if isinstance(layer, LayerProducts):
-                    self._layer(setting, layer, part, places)
-                else:
-                    layer(part, places)
-            yield
+        setting = self.settings[index]
+        for start in range(0, len(rows), chunk_rows):
+            stop = min(start + chunk_rows, len(rows))
+            part, places = hidden[start:stop], rows.chunk(start, stop)
+            if isinstance(layer, LayerProducts):
+                self._layer(setting, layer, part, places)
+            else:
+                layer(part, places)
 
     def _layer(self, setting: LayerSetting, products: LayerProducts, x: torch.Tensor, rows: Rows) -> None:
         """One layer over one chunk, added into x (T, C)."""

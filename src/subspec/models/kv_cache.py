@@ -32,14 +32,10 @@ class KVCache:
         """Keys and values of one layer, views (Hkv, S, D)."""
         return self.keys[index], self.values[index]
 
-    def move(self, sources: list[int], start: int) -> None:
-        """Copy slot ``sources[i]`` to slot ``start + i`` for every i, in all layers; overlaps are safe.
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy each slot of ``sources`` (n,) to its slot of ``targets`` (n,), in all layers.
 
-        Only slots that are not yet in place are touched.
+        Both are int64, on the cache's device, the targets distinct; slots may be in both.
         """
-        moved = [(source, start + i) for i, source in enumerate(sources) if source != start + i]
-        if not moved:
-            return
-        origin, target = (torch.tensor(column) for column in zip(*moved, strict=True))
         for part in (self.keys, self.values):
-            part[:, :, target] = part[:, :, origin]
+            part.index_copy_(2, targets, part.index_select(2, sources))

@@ -5,9 +5,9 @@ as exact or that a commit keeps.  The ledger says where the rule is broken; it i
 ``SUBSPEC_HAZARDS=1``.  Its order is that of its calls, so passes that take turns must do so between layers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from subspec.models.decoder import LayerProducts, LayerSource, Rows, WholeLayer
+from subspec.models.decoder import Rows
 
 UNWRITTEN, EXACT, DRAFT = range(3)
 _WRITERS = ("nobody", "a sweep", "a draft")
@@ -44,12 +44,12 @@ class KVLedger:
         """
         self._require_exact(layer, slots, "a sweep attends to")
 
-    def moved(self, sources: Sequence[int], start: int, drafts: int = 0) -> None:
-        """A commit keeps slots ``sources`` and moves them to ``start`` and on, in all layers.
+    def moved(self, sources: Sequence[int], targets: Sequence[int], drafts: int = 0) -> None:
+        """A commit keeps slots ``sources`` and moves each to its one of ``targets``, in all layers.
 
         Args:
             sources: its slots, the last ``drafts`` of them a draft's, kept for the next tree.
-            start: where the first one goes.
+            targets: where they go.
             drafts: how many are a draft's.
 
         Raises:
@@ -59,8 +59,8 @@ class KVLedger:
         for layer in range(len(self._writers)):
             self._require_exact(layer, sources[:exact], "a commit keeps")
         for layer in range(len(self._writers)):
-            self.swept(layer, range(start, start + exact))
-            self.drafted(layer, range(start + exact, start + len(sources)))
+            self.swept(layer, targets[:exact])
+            self.drafted(layer, targets[exact:])
 
     def _wrote(self, layer: int, slots: Iterable[int], writer: int) -> None:
         """Note the writer of some slots."""
@@ -78,34 +78,34 @@ class KVLedger:
                 )
 
 
-class LedgeredLayers:
-    """A pass's layers; enters each one in the ledger when the decoder is done with it.
+class LedgeredPass:
+    """Enters a pass in the ledger, a layer at a time, when the decoder is done with the layer.
 
     Args:
-        source: the layers.
-        ledger: where they are entered.
-        rows: what the pass computes.
+        ledger: where it is entered.
+        rows: what the pass computes; read at the first layer's turn.
         exact: a sweep, or a draft.
     """
 
-    def __init__(self, source: LayerSource, ledger: KVLedger, rows: Rows, *, exact: bool) -> None:
-        self._source, self._ledger, self._exact = source, ledger, exact
-        self._written: list[int] = rows.slots.tolist()
-        self._read = _attended(rows) if exact else set()
+    def __init__(self, ledger: KVLedger, rows: Rows, *, exact: bool) -> None:
+        self._ledger, self._rows, self._exact = ledger, rows, exact
+        self._written: list[int] = []
+        self._read: set[int] = set()
 
-    def layers(self) -> Iterator[LayerProducts | WholeLayer]:
-        """One pass.
+    def layer(self, index: int) -> None:
+        """Layer ``index`` was computed.
 
         Raises:
             InexactError: a sweep attended to what was not exact.
         """
-        for index, products in enumerate(self._source.layers()):
-            yield products
-            if self._exact:
-                self._ledger.swept(index, self._written)
-                self._ledger.read_exact(index, self._read)
-            else:
-                self._ledger.drafted(index, self._written)
+        if not self._written:
+            self._written = self._rows.slots.tolist()
+            self._read = _attended(self._rows) if self._exact else set()
+        if self._exact:
+            self._ledger.swept(index, self._written)
+            self._ledger.read_exact(index, self._read)
+        else:
+            self._ledger.drafted(index, self._written)
 
 
 def _attended(rows: Rows) -> set[int]:

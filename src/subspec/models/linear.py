@@ -1,9 +1,9 @@
 """The exact product, canonical: a row's result must not depend on the other rows of the call.
 
-The native kernel is so by construction.  Torch's product is so only from some number of rows up, or for
-calls of one fixed row count; which, depends on the library build, the processor and the shape.  So the
-start-up check tries the model's own shapes and picks the smallest safe way (docs/method.md); ``subspec
-doctor`` shows what it found.
+The native kernel, and the device's own, are so by construction.  Torch's product is so only from some number
+of rows up, or for calls of one fixed row count; which, depends on the library build, the processor and the
+shape.  So the start-up check tries the model's own shapes and picks the smallest safe way (docs/method.md);
+``subspec doctor`` shows what it found.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from subspec.errors import ModelError
-from subspec.kernels import exact
+from subspec.kernels import device, exact
 from subspec.kernels.native import kernels
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -32,17 +32,21 @@ class ExactProduct:
         name: the way: ``native``, ``torch, at least N rows`` or ``torch, N rows a call``.
         least_rows: shorter calls are padded with zero rows to this many.
         rows_a_call: if set, every call has exactly this many rows.
+        native: by the CPU's kernel; ``tiled``: by the device's, in tiles of a fixed number of rows.
     """
 
     name: str
     least_rows: int = 1
     rows_a_call: int | None = None
     native: bool = False
+    tiled: bool = False
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, K) times (N, K) transposed, plus (N,): (T, N) in x's dtype."""
         if self.native:
             return exact.linear(x, weight, bias)
+        if self.tiled:
+            return device.exact_linear(x, weight, bias)
         rows = x.shape[0]
         if self.rows_a_call is None:
             return F.linear(_padded(x, self.least_rows), weight, bias)[:rows]
@@ -63,18 +67,25 @@ def choose_product(
 ) -> ExactProduct:
     """The first way that is row-invariant on every shape, fastest first.
 
+    On a device only calls of one fixed row count are tried: from some number of rows up means another kernel
+    there.  If none passes, it is the device's own kernel, row-invariant by construction.
+
     Args:
         shapes: (N, K) of the model's weights; of the head, one chunk.
         dtype: of weights and rows.
-        scratch: uint8 memory of at least the largest weight; overwritten.
+        scratch: uint8 memory of at least the largest weight, where products are computed; overwritten.
 
     Raises:
         ModelError: no way passes on this build of torch and this processor.
     """
     distinct = sorted(set(shapes))
-    ways = [ExactProduct("native", native=True)] if kernels().library is not None else []
-    ways += [ExactProduct(f"torch, at least {rows} rows", least_rows=rows) for rows in _LEAST_ROWS]
-    ways += [ExactProduct(f"torch, {rows} rows a call", rows_a_call=rows) for rows in _FIXED_ROWS]
+    ways = [ExactProduct(f"torch, {rows} rows a call", rows_a_call=rows) for rows in _FIXED_ROWS]
+    if scratch.device.type == "cpu":
+        least = [ExactProduct(f"torch, at least {rows} rows", least_rows=rows) for rows in _LEAST_ROWS]
+        native = [ExactProduct("native", native=True)] if kernels().library is not None else []
+        ways = [*native, *least, *ways]
+    else:
+        ways.append(ExactProduct("device, 16 rows a tile", tiled=True))
     for way in ways:
         if all(row_invariant(way, shape, dtype, scratch) for shape in distinct):
             return way
@@ -104,7 +115,7 @@ def row_invariant(
         return torch.cat([first, sign * first[:, half]], dim=1).to(dtype)
 
     weight = scratch[: n * k * dtype.itemsize].view(dtype).view(n, k)
-    block, x = mirrored(min(n, _CHECK_BLOCK), 1.0), mirrored(_CHECK_ROWS, -1.0)
+    block, x = mirrored(min(n, _CHECK_BLOCK), 1.0), mirrored(_CHECK_ROWS, -1.0).to(scratch.device)
     for part in torch.split(weight, len(block)):
         part.copy_(block[: len(part)])
     whole = way(x, weight, None)

@@ -1,4 +1,4 @@
-"""Choose, once, between the native kernels and the reference functions of this room."""
+"""Choose, once a device, between the native kernels, a device's, and the reference functions of this room."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from subspec.kernels import exact
+from subspec.kernels import device, exact
 from subspec.kernels.native import kernels
 from subspec.models.attention import attend_reference
 from subspec.models.mlp import silu_mul_reference
@@ -25,8 +25,10 @@ class Operations:
 
 
 @functools.cache
-def operations() -> Operations:
-    """The native operations where a library is loaded, else the references."""
+def operations(on: torch.device) -> Operations:
+    """A CUDA device's operations; on the CPU the native ones where a library is loaded, or the references."""
+    if on.type == "cuda":
+        return Operations(device.attend, device.rms_norm, device.silu_mul, device.rotate_and_store)
     if kernels().library is None:
         return Operations(
             attend_reference, rms_norm_reference, silu_mul_reference, rotate_and_store_reference

@@ -1,8 +1,10 @@
 """What a sweep costs, and which units to keep so that it costs least: arithmetic, no torch.
 
-A *unit* is what is streamed whole: a layer, or a chunk of the output head.
+A *unit* is what is streamed whole: a layer, or a chunk of the output head.  Units that stay are *resident* in
+the fast tier; behind a device, units that do not may *rest* in RAM, and only the others come from disk.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -46,18 +48,30 @@ class SweepCosts:
         plain_s_per_byte: of one row's products, per byte of plain weights they are the products of.
         rebuilt_s_per_byte: the same where the weights are rebuilt from residuals first.
         row_s_per_byte: of a further row's products, per byte of plain weights, in either form.
+        disk_bytes_per_s: behind a device, of the disk that the units which do not rest in RAM come from.
     """
 
     link_bytes_per_s: float = 1.0
     plain_s_per_byte: float = 0.0
     rebuilt_s_per_byte: float = 1e-15
     row_s_per_byte: float = 0.0
+    disk_bytes_per_s: float = math.inf
 
-    def sweep_s(self, streamed_bytes: int, plain_bytes: int, rebuilt_bytes: int) -> float:
-        """Seconds of a sweep with ``EXPECTED_ROWS`` rows: streaming hides computing, or it is hidden."""
+    def sweep_s(
+        self, streamed_bytes: int, plain_bytes: int, rebuilt_bytes: int, disk_bytes: int = 0
+    ) -> float:
+        """Seconds of a sweep with ``EXPECTED_ROWS`` rows: link, disk or computing, whichever takes longest.
+
+        Args:
+            streamed_bytes: that pass through the slots.
+            plain_bytes: of plain weights that are multiplied as they are.
+            rebuilt_bytes: of those that are rebuilt first.
+            disk_bytes: of the streamed ones, those that come from disk first, to a device.
+        """
         computing_s = plain_bytes * self.plain_s_per_byte + rebuilt_bytes * self.rebuilt_s_per_byte
         computing_s += (EXPECTED_ROWS - 1) * (plain_bytes + rebuilt_bytes) * self.row_s_per_byte
-        return max(streamed_bytes / self.link_bytes_per_s, computing_s)
+        disk_s = disk_bytes / self.disk_bytes_per_s
+        return max(streamed_bytes / self.link_bytes_per_s, disk_s, computing_s)
 
 
 @dataclass(frozen=True)
@@ -80,16 +94,66 @@ class Residents:
         kept = sum(images.layers[index] for index in self.layers) + sum(images.chunks[: self.chunks])
         return sum(images.layers) + sum(images.chunks) - kept
 
-    def sweep_s(self, images: Images, costs: SweepCosts) -> float:
-        """Seconds of a sweep, as ``SweepCosts`` has it."""
+    def sweep_s(self, images: Images, costs: SweepCosts, host_bytes: int | None = None) -> float:
+        """Seconds of a sweep, as ``SweepCosts`` has it.
+
+        Args:
+            images: the units.
+            costs: of a sweep's parts.
+            host_bytes: behind a device, RAM for images, filled to the byte; None: there is no device.
+        """
         plain = images.plain_bytes_of(len(self.plain_layers), self.plain_chunks)
         if not images.rebuilt:
             plain = images.plain_bytes
-        return costs.sweep_s(self.streamed_bytes(images), plain, images.plain_bytes - plain)
+        streamed = self.streamed_bytes(images)
+        disk = 0 if host_bytes is None else max(streamed - host_bytes, 0)
+        return costs.sweep_s(streamed, plain, images.plain_bytes - plain, disk)
+
+
+@dataclass(frozen=True)
+class Resting:
+    """Which of the streamed units rest in RAM behind a device: layers and chunks by number."""
+
+    layers: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
+
+    def held_bytes(self, images: Images) -> int:
+        """Bytes of what rests."""
+        layers = sum(images.layers[index] for index in self.layers)
+        return layers + sum(images.chunks[index] for index in self.chunks)
+
+
+def choose_resting(images: Images, residents: Residents, room_bytes: int) -> Resting:
+    """The streamed units that rest in RAM: as many bytes as fit, evenly spread over a sweep.
+
+    Spread, so that a unit from disk is read while copies of units from RAM keep the link busy.
+
+    Args:
+        images: the units.
+        residents: those that are not streamed.
+        room_bytes: of RAM, for images.
+    """
+    layers, kept = len(images.layers), set(residents.layers)
+    streamed = [index for index in range(layers) if index not in kept]
+    streamed += range(layers + residents.chunks, layers + len(images.chunks))  # numbered on, in sweep order
+    sizes = images.layers + images.chunks
+    best: list[int] = []
+    best_bytes = 0
+    for count in range(
+        1, len(streamed) + 1
+    ):  # units differ in size, so more of them are not always more bytes
+        chosen = [streamed[place] for place in _spread(count, len(streamed))]
+        size = sum(sizes[index] for index in chosen)
+        if best_bytes < size <= room_bytes:
+            best, best_bytes = chosen, size
+    return Resting(
+        tuple(index for index in best if index < layers),
+        tuple(index - layers for index in best if index >= layers),
+    )
 
 
 def choose_residents(
-    images: Images, spare_bytes: int, slots_bytes: int, costs: SweepCosts
+    images: Images, spare_bytes: int, slots_bytes: int, costs: SweepCosts, host_bytes: int | None = None
 ) -> Residents | None:
     """The residents that fit and make the shortest sweep; None if not even the slots fit.
 
@@ -102,13 +166,16 @@ def choose_residents(
         spare_bytes: what may be used.
         slots_bytes: of it, what is taken as soon as anything is streamed.
         costs: of a sweep's parts.
+        host_bytes: behind a device, RAM for images that do not stay; None: there is no device.
     """
     best = _with_plain(images, spare_bytes, slots_bytes, 0)
     if best is None or not images.rebuilt:
         return best and Residents(best.layers, best.chunks, best.layers, best.chunks)
     for plain in range(1, len(images.layers) + len(images.chunks) + 1):
         candidate = _with_plain(images, spare_bytes, slots_bytes, plain)
-        if candidate is None or candidate.sweep_s(images, costs) >= best.sweep_s(images, costs):
+        if candidate is None:
+            break
+        if candidate.sweep_s(images, costs, host_bytes) >= best.sweep_s(images, costs, host_bytes):
             break
         best = candidate
     return best

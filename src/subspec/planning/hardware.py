@@ -17,6 +17,7 @@ from subspec.store.exact import chunk_matrices, exact_bytes, read_image, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
 from subspec.substitute.exact import UnitProducts, scratch_bytes
+from subspec.substitute.images import starts
 
 SETTLING_BYTES = (
     256 << 20
@@ -61,9 +62,11 @@ def measure_costs(store: Store) -> SweepCosts:
     rebuild(store, image, tiles, shapes, plain)
     products = UnitProducts(ExactProduct("native", native=True), store.dtype, None)
     none = [None] * len(shapes)
+    offsets = starts(image, len(shapes), len(image))
 
     def run(memory: torch.Tensor, is_plain: bool, rows: int = 1) -> None:
-        for one, shape in zip(products.of(memory, is_plain, tiles, shapes, none), shapes, strict=True):
+        made = products.of(memory, is_plain, offsets, tiles, shapes, none)
+        for one, shape in zip(made, shapes, strict=True):
             one(torch.zeros((rows, shape.k), dtype=store.dtype))
 
     trials = (

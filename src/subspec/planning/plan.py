@@ -1,31 +1,27 @@
 """Choose what a memory budget is spent on, and explain it.
 
-The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and two slots.
+The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and the slots.
 What is left keeps layers resident, spread evenly over the model, then chunks of the output head.  Where a
 store keeps residuals, a resident unit may stay as it is streamed, and be rebuilt every sweep, or as plain
 weights, twice as large: ``planning.cost`` tells which makes the shorter sweep.
+
+With a device there are three tiers, VRAM, RAM and disk, and two budgets: what does not stay in VRAM is
+streamed, and as much of that as a second budget holds rests in RAM; the rest is read from disk every sweep.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from subspec.errors import BudgetError, OptionError
+from subspec.errors import BudgetError
 from subspec.memory.tiers import MIB, format_size, page_aligned
 from subspec.models.config import ModelConfig
-from subspec.models.kv_cache import cache_bytes
-from subspec.planning.cost import Images, SweepCosts, choose_residents
+from subspec.planning.cost import Images, Residents, SweepCosts, choose_residents, choose_resting
+from subspec.planning.parts import STAGING_BYTES, cache_rows, fast_parts, host_parts, slot_count, tree_slots
+from subspec.planning.request import Request, filled_in
 from subspec.speculation.draft import TreeShape
 from subspec.store.layout import head_chunks, layer_bytes
-from subspec.substitute.layout import tile_bytes
 
-DEFAULT_CONTEXT = 4096
-SLOTS = 2
-PREFILL_ROWS = 256
-EMBEDDING_CACHE_BYTES = 8 * MIB
-DEFAULT_DRAFT_TEMPERATURE = 0.7
-NOISE_BYTES = 4  # a position's noise, per vocabulary entry
-SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
-
+__all__ = ["Plan", "Request", "make_plan", "plain_images"]
 
 # How large a tree may become; of a tree that is pinned in part, the rest.  A sweep that streams costs as
 # much as dozens of draft levels.  Raw, it hides the products of many rows behind the link; residuals are
@@ -35,29 +31,6 @@ STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
 REBUILT_TREE = TreeShape(depth=40, width=6, nodes=64, min_reach=0.2, min_score=0.04)
 RESIDENT_TREE = TreeShape(depth=12, width=4, nodes=24, min_reach=0.5)
 MOSTLY_PLAIN = 0.9  # share of the weights above which neither streaming nor rebuilding decides a sweep's time
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asked for; ``None`` leaves the choice to the planner.
-
-    Attributes:
-        budget_bytes: bound on everything the engine holds.
-        context: tokens of prompt and text together.
-        depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
-        min_reach: probability of reaching the last level below which no further one is drafted.
-        draft_temperature: divisor of the draft's scores.  Any of these five pins a fixed tree.
-        prefill_rows: prompt rows that go through a layer at once.
-    """
-
-    budget_bytes: int
-    context: int | None = None
-    depth: int | None = None
-    width: int | None = None
-    nodes: int | None = None
-    min_reach: float | None = None
-    draft_temperature: float | None = None
-    prefill_rows: int | None = None
 
 
 def plain_images(config: ModelConfig, itemsize: int) -> Images:
@@ -75,7 +48,7 @@ class Plan:
     """Where everything goes.  All sizes in bytes.
 
     Attributes:
-        budget_bytes: the bound.
+        budget_bytes: the bound on the fast tier: RAM, or a device's memory.
         context: tokens of prompt and text together.
         adaptive: whether each tree is as large as pays; its bounds are those of a fixed one.
         depth: levels of the draft tree; ``width``: nodes a level; ``nodes``: nodes verified in a sweep.
@@ -87,11 +60,15 @@ class Plan:
         resident_chunks: chunks of the output head that stay, from the first on.
         plain_layers: of the resident layers, those that stay as plain weights.
         plain_chunks: of the resident chunks, how many stay as plain weights, from the first on.
-        streamed_bytes: what one sweep streams.
+        streamed_bytes: what one sweep brings through the slots.
         slots: how many; 0 if nothing is streamed.
         slot_bytes: of one slot.
-        cache_rows: embedding rows kept.
-        parts: bytes by purpose; their sum is what the engine holds.
+        cache_rows: embedding rows kept; none on a device, which gathers them from RAM.
+        parts: bytes by purpose; their sum is what the engine holds in the fast tier.
+        disk_bytes: of the streamed ones, those that a sweep reads from disk; without a device, all of them.
+        host_budget_bytes: behind a device, the bound on what is pinned in RAM; None: there is no device.
+        host_layers: streamed layers that rest in RAM; ``host_chunks``: streamed head chunks, by number.
+        host_parts: like ``parts``, in RAM behind a device; ``staging`` is what units from disk pass through.
     """
 
     budget_bytes: int
@@ -113,11 +90,31 @@ class Plan:
     slot_bytes: int
     cache_rows: int
     parts: dict[str, int]
+    disk_bytes: int
+    host_budget_bytes: int | None = None
+    host_layers: tuple[int, ...] = ()
+    host_chunks: tuple[int, ...] = ()
+    host_parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device_tier(self) -> bool:
+        """Whether the fast tier is a device's memory, with RAM behind it."""
+        return self.host_budget_bytes is not None
 
     @property
     def held_bytes(self) -> int:
-        """Bytes the engine holds under this plan."""
+        """Bytes the engine holds in the fast tier under this plan."""
         return sum(self.parts.values())
+
+    @property
+    def host_held_bytes(self) -> int:
+        """Bytes the engine pins in RAM behind a device."""
+        return sum(self.host_parts.values())
+
+    @property
+    def copied_bytes(self) -> int:
+        """What one sweep copies over the device's link: all that is streamed; 0 without a device."""
+        return self.streamed_bytes if self.device_tier else 0
 
     @property
     def tree(self) -> TreeShape:
@@ -126,8 +123,8 @@ class Plan:
 
     @property
     def tree_slots(self) -> int:
-        """Slots of the KV cache that the tree may use, beside the context's."""
-        return self.tree.drafted
+        """Slots of the KV cache that the tree may use, beside the context's; a device's shadows come last."""
+        return tree_slots(self.tree, device=self.device_tier)
 
     @property
     def cache_slots(self) -> int:
@@ -144,21 +141,26 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for result files."""
-        return {**asdict(self), "held_bytes": self.held_bytes}
+        derived = ("held_bytes", "host_held_bytes", "copied_bytes", "device_tier")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def explain(self) -> str:
         """The plan in a few lines for people."""
-        lines = [f"budget {format_size(self.budget_bytes)}, of which {format_size(self.held_bytes)} is used:"]
-        lines += [
-            f"  {name.replace('_', ' '):<18} {format_size(size):>11}"
-            for name, size in self.parts.items()
-            if size
-        ]
+        if self.host_budget_bytes is None:
+            lines = _spent("budget", self.budget_bytes, self.parts)
+        else:
+            lines = _spent("VRAM: budget", self.budget_bytes, self.parts)
+            lines += _spent("RAM: budget", self.host_budget_bytes, self.host_parts)
+        streamed = f"streamed a sweep: {format_size(self.streamed_bytes)} through {self.slots} slots"
         lines.append(
             f"resident: {len(self.resident_layers)} layers, {self.resident_chunks} head chunks "
-            f"({len(self.plain_layers)} and {self.plain_chunks} as plain weights); "
-            f"streamed a sweep: {format_size(self.streamed_bytes)} through {self.slots} slots"
+            f"({len(self.plain_layers)} and {self.plain_chunks} as plain weights); {streamed}"
         )
+        if self.device_tier:
+            lines.append(
+                f"in RAM: {len(self.host_layers)} layers, {len(self.host_chunks)} head chunks; "
+                f"read from disk a sweep: {format_size(self.disk_bytes)}"
+            )
         lines.append(
             f"context {self.context}; tree: {'at most ' if self.adaptive else ''}depth {self.depth}, "
             f"width {self.width}, {self.nodes} nodes verified"
@@ -212,111 +214,82 @@ def _spend(
     costs: SweepCosts,
 ) -> Plan:
     """The plan with a given kind of tree where the request leaves it open; raises as ``make_plan`` does."""
-    wishes = _wishes(config, request, defaults)
-    parts = _fixed_parts(config, itemsize, small_bytes, wishes)
-    parts["workspace"] += images.scratch
+    wishes, device = filled_in(request, config, defaults), request.host_bytes is not None
+    parts = fast_parts(config, itemsize, small_bytes, wishes, images, device=device)
+    host = host_parts(config, itemsize, wishes) if device else {}
     spare = request.budget_bytes - sum(parts.values())
     slot_bytes = max(*images.layers, *images.chunks)
-    held = choose_residents(images, spare, SLOTS * slot_bytes, costs)
+    slots = slot_count(parts, slot_bytes, device=device)
+    room = None if request.host_bytes is None else max(request.host_bytes - sum(host.values()), 0)
+    held = choose_residents(images, spare, slots * slot_bytes, costs, room)
     if held is None:
-        everything = sum(images.layers) + sum(images.chunks)
-        raise _too_small(request.budget_bytes, {**parts, "slots": min(SLOTS * slot_bytes, everything)})
-    slots, slot_bytes = (SLOTS, slot_bytes) if held.streamed_bytes(images) else (0, 0)
+        least = min(slots * slot_bytes, sum(images.layers) + sum(images.chunks))
+        option = "--vram" if device else "--memory"
+        raise _too_small(request.budget_bytes, {**parts, "slots": least}, option, ", or lower --context")
+    streamed = held.streamed_bytes(images)
+    slots, slot_bytes = (slots, slot_bytes) if streamed else (0, 0)
     return Plan(
         budget_bytes=request.budget_bytes,
         resident_layers=held.layers,
         resident_chunks=held.chunks,
         plain_layers=held.plain_layers,
         plain_chunks=held.plain_chunks,
-        streamed_bytes=held.streamed_bytes(images),
+        streamed_bytes=streamed,
         slots=slots,
         slot_bytes=slot_bytes,
-        cache_rows=_cache_rows(config, itemsize),
+        cache_rows=0 if device else cache_rows(config, itemsize),
         parts={**parts, "slots": slots * slot_bytes, "resident": held.held_bytes(images)},
+        **_behind(request.host_bytes, host, images, held),
         **wishes,
     )
 
 
-def _wishes(config: ModelConfig, request: Request, defaults: TreeShape) -> dict[str, Any]:
-    """The request with defaults filled in and checked."""
+def _behind(
+    budget_bytes: int | None, parts: dict[str, int], images: Images, held: Residents
+) -> dict[str, Any]:
+    """The ``Plan`` fields of the tiers behind the fast one.
 
-    def chosen(wish: Any, default: Any) -> Any:
-        return default if wish is None else wish
+    Args:
+        budget_bytes: of RAM; None: the fast tier is RAM.
+        parts: what every run holds in it.
+        images: the units.
+        held: those that stay in VRAM.
 
-    context = chosen(request.context, min(DEFAULT_CONTEXT, config.max_position))
-    if context > config.max_position:
-        raise OptionError(f"--context {context}: the model's limit is {config.max_position}")
-    depth, width = chosen(request.depth, defaults.depth), chosen(request.width, defaults.width)
-    nodes = chosen(request.nodes, min(defaults.nodes, 1 + depth * width))
-    rows = chosen(request.prefill_rows, PREFILL_ROWS)
-    temperature = chosen(request.draft_temperature, DEFAULT_DRAFT_TEMPERATURE)
-    reach = chosen(request.min_reach, defaults.min_reach)
-    at_least = [
-        (context, "--context", 2),
-        (depth, "--depth", 1),
-        (width, "--width", 1),
-        (nodes, "--nodes", 2),
+    Raises:
+        BudgetError: RAM has no room for the staging buffers, nor for all that is streamed.
+    """
+    streamed = held.streamed_bytes(images)
+    if budget_bytes is None:
+        return {"disk_bytes": streamed}
+    room = budget_bytes - sum(parts.values())
+    staging = 0 if streamed <= room else STAGING_BYTES
+    if room < min(streamed, STAGING_BYTES):
+        raise _too_small(budget_bytes, {**parts, "staging": min(streamed, STAGING_BYTES)}, "--ram")
+    resting = choose_resting(images, held, room - staging)
+    resting_bytes = resting.held_bytes(images)
+    return {
+        "disk_bytes": streamed - resting_bytes,
+        "host_budget_bytes": budget_bytes,
+        "host_layers": resting.layers,
+        "host_chunks": resting.chunks,
+        "host_parts": {**parts, "staging": staging, "images": resting_bytes},
+    }
+
+
+def _spent(title: str, budget_bytes: int, parts: dict[str, int]) -> list[str]:
+    """A budget and what it is spent on, in lines for people."""
+    used = sum(parts.values())
+    lines = [f"{title} {format_size(budget_bytes)}, of which {format_size(used)} is used:"]
+    return lines + [
+        f"  {name.replace('_', ' '):<18} {format_size(size):>11}" for name, size in parts.items() if size
     ]
-    for value, name, least in [*at_least, (rows, "prefill_chunk", 1)]:
-        if value < least:
-            raise OptionError(f"{name} is {value}: it must be at least {least}")
-    if not 0 < temperature < float("inf"):
-        raise OptionError(f"--draft-temperature is {temperature}: it must be above 0")
-    if not 0 <= reach <= 1:
-        raise OptionError(f"--min-reach is {reach}: it must be between 0 and 1")
-    pinned = (request.depth, request.width, request.nodes, request.min_reach, request.draft_temperature)
-    return {
-        "context": context,
-        "adaptive": all(wish is None for wish in pinned),
-        "depth": depth,
-        "width": min(width, config.vocab_size),
-        "nodes": nodes,
-        "min_reach": reach,
-        "min_score": defaults.min_score if request.nodes is None else 0.0,
-        "prefill_rows": rows,
-        "draft_temperature": temperature,
-    }
 
 
-def _fixed_parts(
-    config: ModelConfig, itemsize: int, small_bytes: int, wishes: dict[str, Any]
-) -> dict[str, int]:
-    """What every run holds, whatever stays resident."""
-    tree = TreeShape(wishes["depth"], wishes["width"], wishes["nodes"])
-    cache_slots = wishes["context"] + tree.drafted
-    substitutes = config.layers * page_aligned(layer_bytes(config, itemsize)[1])
-    return {
-        "substitutes": substitutes + page_aligned(tile_bytes(config.vocab_size, config.hidden_size)),
-        "norms_biases": small_bytes,
-        "kv_cache": page_aligned(cache_bytes(config, cache_slots, itemsize)),
-        "embedding_cache": page_aligned(_cache_rows(config, itemsize) * config.hidden_size * itemsize),
-        "workspace": _workspace(config, itemsize, wishes, tree),
-    }
-
-
-def _cache_rows(config: ModelConfig, itemsize: int) -> int:
-    """Embedding rows that the cache holds."""
-    return min(max(EMBEDDING_CACHE_BYTES // (config.hidden_size * itemsize), 16), config.vocab_size)
-
-
-def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree: TreeShape) -> int:
-    """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention = (config.heads + 2 * config.kv_heads) * config.head_dim
-    rows = max(wishes["prefill_rows"], min(tree.nodes, tree.drafted))
-    activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
-    prompt = wishes["context"] * (hidden * itemsize + 64)
-    logits = (tree.nodes + 2 * tree.width) * config.vocab_size * itemsize
-    sampling = config.vocab_size * ((tree.depth + 1) * NOISE_BYTES + SAMPLING_BYTES)
-    tables = (wishes["context"] + tree.drafted) * config.head_dim * 4
-    return int(activations + prompt + logits + sampling + tables)
-
-
-def _too_small(budget_bytes: int, parts: dict[str, int]) -> BudgetError:
-    """The error that names the minimum."""
+def _too_small(budget_bytes: int, parts: dict[str, int], option: str, otherwise: str = "") -> BudgetError:
+    """The error that names the minimum, the option that raises the budget, and what else would help."""
     needs = ", ".join(f"{name.replace('_', ' ')} {format_size(size)}" for name, size in parts.items() if size)
     minimum = -(-sum(parts.values()) // MIB)
     return BudgetError(
-        f"the minimum is {minimum}MiB ({needs}); the budget is {format_size(budget_bytes)}: raise --memory "
-        f"to at least {minimum}MiB, or lower --context"
+        f"the minimum is {minimum}MiB ({needs}); the budget is {format_size(budget_bytes)}: raise {option} "
+        f"to at least {minimum}MiB{otherwise}"
     )

@@ -13,21 +13,21 @@ Source: SubSpec (Chang et al. 2025, arXiv 2509.18344) for the step; overlapping 
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, finished
-from subspec.speculation.calibration import CALIBRATION_NAMES, Calibration
+from subspec.speculation.calibration import Calibration
 from subspec.speculation.commit import Commit, record_step
 from subspec.speculation.growth import Growth
+from subspec.speculation.learner import Learner
 from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
-from subspec.speculation.verify import walk
+from subspec.speculation.verify import row_numbers, walk
 
 Gap = Callable[[], bool]
 FIRST_ROWS = (1, 2, 4)  # draft passes timed before the first step
@@ -86,7 +86,7 @@ class AdaptivePasses(Protocol):
         ...
 
 
-class Speculator:
+class Speculator(Learner):
     """What speculation has learnt of a model on this machine; outlasts a text.
 
     Args:
@@ -96,40 +96,16 @@ class Speculator:
     """
 
     def __init__(self, policy: Policy, calibrations: dict[bool, Calibration], capacity: int) -> None:
-        self.policy, self.calibrations, self.capacity = policy, calibrations, capacity
+        super().__init__(policy, calibrations)
+        self.policy, self.capacity = policy, capacity
         self._ngrams = NgramRates()
-
-    def learnt(self) -> dict[str, dict[str, float]]:
-        """What is worth keeping for the next process: ``calibration.calibrations`` reads it."""
-        return {CALIBRATION_NAMES[drawn]: one.learnt() for drawn, one in self.calibrations.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """What was learnt, as plain data for result files: probabilities and their reliability, and times."""
-        times = self.policy.times
-        return {
-            "calibration": {
-                CALIBRATION_NAMES[drawn]: {
-                    **one.learnt(),
-                    "observations": one.observations,
-                    "error": one.reliability.error,
-                    "reliability": asdict(one.reliability),
-                }
-                for drawn, one in self.calibrations.items()
-            },
-            "draft_s": {str(rows): seconds for rows, seconds in sorted(times.draft.seen.items())},
-            "sweep_base_s": times.sweep.base_s,
-            "sweep_row_s": times.sweep.row_s,
-            "link_s": times.link_s,
-            "agreement": self.policy.agreement,
-            "gap_value": self.policy.gap_value,
-        }
 
     def prefill(self, passes: AdaptivePasses, rows: Rows) -> torch.Tensor:
         """The prompt's sweep: logits (1, V) of the last row; a first look at what sweeps cost."""
         start, before = time.perf_counter(), passes.counters()
         logits = passes.target(rows, last_only=True)
         waited_s = passes.counters().wait_s - before.wait_s
-        self.policy.times.sweep.start(len(rows.tokens), time.perf_counter() - start - waited_s)
+        self.policy.times.sweep.start(len(rows), time.perf_counter() - start - waited_s)
         return logits
 
     def commits(
@@ -189,7 +165,7 @@ class Speculation:
         growth.verified = frozenset(nodes)
         logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=self._advance)  # (N, V)
         swept_s = time.perf_counter() - start - drafting_s
-        walked = walk(growth.tree, nodes, logits, growth.sampler.choose)
+        walked = walk(growth.tree, row_numbers(nodes), growth.sampler.chooser(logits))
         top = growth.next_root(walked)
         self._end_gap_pass(top)
         used_s, used_in_gaps_s = growth.learn(walked)

@@ -1,7 +1,8 @@
 """The decoding loop: prefill, then draft, verify and commit until something stops it.
 
 Plain decoding is this loop with a one-node tree: the same target pass, the same choice of tokens.  So is a
-step whose tree is fixed beforehand, and one that is as large as it pays (``adaptive``).
+step whose tree is fixed beforehand, one that is as large as it pays (``adaptive``), and one on a device
+(``ahead``).
 """
 
 import time
@@ -14,11 +15,12 @@ import torch
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, prefix_rows
 from subspec.speculation.adaptive import AdaptivePasses, Speculator
+from subspec.speculation.ahead import Ahead, DevicePasses
 from subspec.speculation.commit import Commit, record_step
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
-from subspec.speculation.verify import walk
+from subspec.speculation.verify import row_numbers, walk
 
 __all__ = ["Commit", "Passes", "decode"]
 
@@ -39,20 +41,30 @@ class Passes(Protocol):
         ...
 
 
+class OnHost(Passes, Protocol):
+    """A model on a device, as the host sees it.
+
+    Attributes:
+        device: the same model, for steps whose trees grow on the device.
+    """
+
+    device: DevicePasses
+
+
 def decode(
     passes: Passes,
     prompt: list[int],
     cached: int,
     sampler: Sampler,
-    shape: TreeShape | Speculator | None,
+    shape: TreeShape | Speculator | Ahead | None,
     max_new_tokens: int,
     timeline: Timeline | None = None,
 ) -> Iterator[Commit]:
     """Generate up to ``max_new_tokens`` tokens, a step at a time.
 
     Args:
-        passes: the model, ``AdaptivePasses`` for a Speculator.  Its cache holds the first ``cached`` tokens
-            of the prompt.
+        passes: the model, ``AdaptivePasses`` for a Speculator, ``OnHost`` for one on a device.  Its cache
+            holds the first ``cached`` tokens of the prompt.
         prompt: token ids, at least one more than ``cached``.
         cached: length of the prefix that need not be computed.
         sampler: chooses the target's tokens and ranks the draft's guesses.
@@ -77,6 +89,10 @@ def decode(
         timeline.span("steps", "prefill", start, end, rows=len(prompt) - cached)
     yield Commit([root], True, 0, 0, 0.0, end - start)
     remaining = max_new_tokens - 1
+    if isinstance(shape, Ahead):
+        device = cast(OnHost, passes).device
+        yield from shape.commits(device, sampler, [*prompt, root], remaining, timeline)
+        return
     if isinstance(shape, Speculator):
         yield from shape.commits(cast(AdaptivePasses, passes), sampler, [*prompt, root], remaining, timeline)
         return
@@ -106,7 +122,7 @@ def _step(
         nodes = tree.best(shape.nodes, shape.min_score)
     drafted = time.perf_counter()
     logits = passes.target(tree.rows(nodes), last_only=False)  # (N, V)
-    result = walk(tree, nodes, logits, sampler.choose)
+    result = walk(tree, row_numbers(nodes), sampler.chooser(logits))
     walked = time.perf_counter()
     passes.move([tree.slot(node) for node in result.nodes], base)
     sampler.observe(result.tokens, base + len(result.tokens))

@@ -7,16 +7,16 @@ noiseless case. The draft ranks its guesses under the same noise.  Source: the G
 1954; Maddison et al. 2014).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from subspec.errors import OptionError
 
 GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
+CANDIDATES = 64  # of a draft row, ranked under the noise
 NUCLEUS_GUESS = 1024  # logits looked at first by top-p; a nucleus that is larger costs a full sort
 
 
@@ -93,7 +93,7 @@ class Sampler:
     Args:
         params: filters, temperature and seed.
         context: token ids so far (for the penalty).
-        draft_temperature: divisor that turns a draft's perturbed scores into probabilities.
+        draft_temperature: divisor that turns a draft's perturbed scores into probabilities; kept.
         candidates: how many of a draft row's likeliest tokens are ranked under the noise.
     """
 
@@ -102,10 +102,10 @@ class Sampler:
         params: SamplingParams,
         context: Sequence[int],
         draft_temperature: float = 1.0,
-        candidates: int = 64,
+        candidates: int = CANDIDATES,
     ) -> None:
         self.params = params
-        self._draft_temperature = draft_temperature
+        self.draft_temperature = draft_temperature
         self._candidates = candidates
         self._seen = set(context)
         self._noise: dict[int, torch.Tensor] = {}
@@ -132,6 +132,10 @@ class Sampler:
         best = int(scores.argmax())
         return best if tokens is None else int(tokens[best])
 
+    def chooser(self, logits: torch.Tensor) -> Callable[[int, int, Sequence[int]], int]:
+        """``choose`` by the number of a row of logits (T, V), its position and its path."""
+        return lambda row, position, path: self.choose(logits[row], position, path)
+
     def candidates(
         self, logits: torch.Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,17 +151,17 @@ class Sampler:
             Tokens (T, K) int64 and scores (T, K) fp32, best first, K at most ``count``: penalized logits,
             divided by the temperature and perturbed where tokens are drawn; −∞ where a row has fewer.
         """
+        vocabulary = logits.shape[-1]
         if self.params.repetition_penalty != 1.0:
-            rows = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
-            logits = torch.stack(rows)
-        if not self.params.samples:
-            values, indices = logits.topk(min(count, logits.shape[-1]), dim=-1)
-            return indices, values.float()
-        values, indices = logits.topk(min(max(self._candidates, count), logits.shape[-1]), dim=-1)
-        noise = [self._noise_at(position, logits.shape[-1]) for position in positions]
-        ranked = [self._rank(*row, count) for row in zip(values.float(), indices, noise, strict=True)]
-        tokens, scores = (torch.stack(column) for column in zip(*ranked, strict=True))
-        return tokens, scores  # (T, K)
+            weakened = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
+            logits = torch.stack(weakened)
+        if self.params.samples:
+            rows = [self._noise_at(position, vocabulary) for position in positions]
+
+            def noise(tokens: torch.Tensor) -> torch.Tensor:
+                return torch.stack([row[chosen] for row, chosen in zip(rows, tokens, strict=True)])
+
+        return rank(logits, noise if self.params.samples else None, self.params, count, self._candidates)
 
     def guess(
         self, logits: torch.Tensor, position: int, paths: Sequence[Sequence[int]], width: int
@@ -176,31 +180,19 @@ class Sampler:
         """
         ranked = self._candidates if self.params.samples else GREEDY_CANDIDATES
         tokens, scores = self.candidates(logits, [position] * len(logits), paths, max(width, ranked))
-        logs = torch.log_softmax(scores / self._draft_temperature, dim=-1)
+        logs = torch.log_softmax(scores / self.draft_temperature, dim=-1)
         known = (scores > -torch.inf).sum(dim=-1).clamp(max=width).tolist()
         return (
             [row[:count] for row, count in zip(tokens.tolist(), known, strict=True)],
             [row[:count] for row, count in zip(logs.tolist(), known, strict=True)],
         )
 
-    def _rank(
-        self, row: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best ``count`` of one row's candidates (their logits and ids) under the noise, and scores."""
-        kept, chosen = keep(row / self.params.divisor, self.params)
-        ids = ids if chosen is None else ids[chosen]
-        best = (kept + noise[ids]).topk(min(count, len(kept)))
-        missing = count - len(best.values)
-        return F.pad(ids[best.indices], (0, missing)), F.pad(best.values, (0, missing), value=-torch.inf)
-
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""
         if self.params.repetition_penalty == 1.0:
             return row
         seen = torch.tensor(sorted(self._seen.union(path)))
-        values = row[seen]
-        penalty = self.params.repetition_penalty
-        return row.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+        return row.index_copy(0, seen, _weakened(row[seen], self.params.repetition_penalty))
 
     def _noise_at(self, position: int, vocabulary: int) -> torch.Tensor:
         """Gumbel noise (V,) of a position; the same for a seed and position whenever asked."""
@@ -208,6 +200,62 @@ class Sampler:
         if row is None:
             row = self._noise[position] = gumbel_noise(self.params.seed, position, vocabulary)
         return row
+
+
+def rank(
+    logits: torch.Tensor,
+    noise: Callable[[torch.Tensor], torch.Tensor] | None,
+    params: SamplingParams,
+    count: int,
+    candidates: int = CANDIDATES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A draft's likeliest tokens under the target's own noise.  Tensor code that reads nothing back.
+
+    Args:
+        logits: (T, V), penalized.
+        noise: gives the noise of tokens (T, C) at the positions that the rows guess; None: greedy.
+        params: temperature and filters.
+        count: most candidates a row.
+        candidates: of a row's likeliest tokens, how many are ranked under the noise.
+
+    Returns:
+        Tokens (T, K) int64 and scores (T, K) fp32, best first, K at most ``count``; −∞ where a row has fewer.
+    """
+    vocabulary = logits.shape[-1]
+    if noise is None:
+        values, tokens = logits.topk(min(count, vocabulary), dim=-1)
+        return tokens, values.float()
+    values, tokens = logits.topk(min(max(candidates, count), vocabulary), dim=-1)
+    scaled = values.float() / params.divisor
+    scores = scaled + noise(tokens)
+    scores = torch.where(_kept(scaled, params), scores, -torch.inf)
+    best = scores.topk(min(count, scores.shape[-1]), dim=-1)
+    return tokens.gather(1, best.indices), best.values
+
+
+def _kept(rows: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Where top-k, top-p and min-p, in this order, leave scaled logits (T, C), which fall along a row."""
+    kept = torch.ones_like(rows, dtype=torch.bool)
+    if params.top_k > 0:
+        kept[:, params.top_k :] = False
+    if params.top_p < 1.0:
+        values = torch.where(kept, rows, -torch.inf).double()
+        shares = (values - torch.logsumexp(values, dim=-1, keepdim=True)).exp()
+        kept &= shares.cumsum(-1) - shares < params.top_p  # a token stays while those before hold less
+        kept[:, 0] = True
+    if params.min_p > 0.0:
+        kept &= rows >= rows[:, :1] + float(np.log(params.min_p))
+    return kept
+
+
+def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Float logits (T, V) with the repetition penalty where ``seen`` (T, V) says; themselves without one."""
+    return logits if penalty == 1.0 else torch.where(seen, _weakened(logits, penalty), logits)
+
+
+def _weakened(values: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits under the repetition penalty."""
+    return torch.where(values < 0, values * penalty, values / penalty)
 
 
 def gumbel_noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:

@@ -87,7 +87,7 @@ class DraftTree:
             [slot(i) for i in self.paths[node]] + [0] * (longest - len(self.paths[node])) for node in nodes
         ]
         return Rows(
-            tokens=[self.tokens[node] for node in nodes],
+            tokens=torch.tensor([self.tokens[node] for node in nodes]),
             positions=torch.tensor([self.base + self.depths[node] for node in nodes], dtype=torch.int32),
             slots=torch.tensor([slot(node) for node in nodes], dtype=torch.int32),
             prefix=torch.full((len(nodes),), self.base, dtype=torch.int32),

@@ -1,9 +1,7 @@
 """Walk a tree with the target's own tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from subspec.speculation.tree import DraftTree
 
@@ -21,29 +19,27 @@ class Walk:
     tokens: list[int]
 
 
-def walk(
-    tree: DraftTree,
-    nodes: list[int],
-    logits: torch.Tensor,
-    choose: Callable[[torch.Tensor, int, list[int]], int],
-) -> Walk:
+def row_numbers(nodes: Sequence[int]) -> dict[int, int]:
+    """Which row of a sweep over ``nodes``, in this order, each of them is."""
+    return {node: row for row, node in enumerate(nodes)}
+
+
+def walk(tree: DraftTree, rows: Mapping[int, int], choose: Callable[[int, int, list[int]], int]) -> Walk:
     """From the root, take the target's own next token; while a verified child carries it, descend.
 
     Draft scores never enter: any tree gives the text of plain decoding.
 
     Args:
         tree: the drafted tree.
-        nodes: the verified nodes, root first.
-        logits: (N, V) of the target, in the order of ``nodes``.
-        choose: (logits row, position, path tokens) → the target's token.
+        rows: the verified nodes, and which row of the sweep each is; the root, 0, is one of them.
+        choose: (row, position, path tokens) → the target's token after the row.
     """
-    row_of = {node: row for row, node in enumerate(nodes)}
-    children = tree.children(nodes)
-    path = [nodes[0]]
+    children = tree.children(list(rows))
+    path = [0]
     tokens: list[int] = []
     while True:
         node = path[-1]
-        token = choose(logits[row_of[node]], tree.base + tree.depths[node] + 1, tokens)
+        token = choose(rows[node], tree.base + tree.depths[node] + 1, tokens)
         child = children.get(node, {}).get(token)
         tokens.append(token)
         if child is None:

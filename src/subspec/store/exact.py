@@ -8,7 +8,7 @@ from subspec.memory.arena import map_bytes
 from subspec.memory.tiers import page_aligned
 from subspec.store.layout import Chunk, head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
-from subspec.substitute.images import plain_matrices, split
+from subspec.substitute.images import plain_matrices, split, starts
 from subspec.substitute.layout import Placed
 from subspec.substitute.residual import decode_rows
 
@@ -37,7 +37,8 @@ def rebuild(store: Store, image: Tensor, tiles: Tensor, matrices: Sequence[Place
         out[: len(image)] = image
         return
     weights = plain_matrices(out, matrices, store.dtype)
-    for residual, matrix, weight in zip(split(image, len(matrices)), matrices, weights, strict=True):
+    residuals = split(image, starts(image, len(matrices), len(image)))
+    for residual, matrix, weight in zip(residuals, matrices, weights, strict=True):
         decode_rows(residual, matrix.own_tiles(tiles), matrix.n, weight)
 
 

@@ -6,7 +6,6 @@ substitutes. Every row is checked against its own checksum.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -127,15 +126,14 @@ class EmbeddingRows:
         self._buffers = [map_bytes(self._source.span_bytes) for _ in range(READERS)]
         self._pool = ThreadPoolExecutor(READERS)
 
-    def lookup(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The tokens' embeddings, (T, C).
+    def lookup(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the embeddings of tokens (T,) to ``out`` (T, C).
 
         Raises:
             StoreError: a row cannot be read, or is damaged.
         """
-        out = torch.empty((len(tokens), self._hidden), dtype=self._dtype)
         missing: dict[int, list[int]] = {}
-        for place, token in enumerate(tokens):
+        for place, token in enumerate(tokens.tolist()):
             slot = self._place.get(token)
             if slot is None:
                 missing.setdefault(token, []).append(place)
@@ -155,7 +153,6 @@ class EmbeddingRows:
                 job.result()
         for token in wanted:
             self._keep(token, out[missing[token][0]])
-        return out
 
     def close(self) -> None:
         """Stop the readers."""

@@ -1,9 +1,9 @@
 """The exact products of a unit: of plain weights, or of weights kept as substitute and residual.
 
 With the native kernels a few rows at a time are rebuilt and multiplied while they are in the cache: there is
-no full-size copy of the weight.  Without them the whole weight is rebuilt into scratch memory, so that the
-product has the very shape that was found row-invariant.  Either way the result has the bits of the product
-with the plain weight.
+no full-size copy of the weight.  Without them, and on a device, the whole weight is rebuilt into scratch
+memory, so that the product has the very shape that was found row-invariant.  Either way the result has the
+bits of the product with the plain weight.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from subspec.kernels import device
 from subspec.kernels.native import kernels
 from subspec.kernels.residual import residual_kernels
 from subspec.models.decoder import RowProduct
@@ -48,6 +49,7 @@ class UnitProducts:
         self,
         memory: Tensor,
         plain: bool,
+        starts: Sequence[int],
         tiles: Tensor,
         matrices: Sequence[Placed],
         biases: Sequence[Tensor | None],
@@ -57,12 +59,13 @@ class UnitProducts:
         Args:
             memory: the plain weights one after another, or the unit's residual image; uint8.
             plain: which.
+            starts: where each residual starts in an image.
             tiles: the unit's substitutes.
             matrices: its matrices.
             biases: theirs.
         """
         if not plain:
-            residuals = split(memory, len(matrices))
+            residuals = split(memory, starts)
             return [
                 partial(self._rebuilt, residual, matrix.own_tiles(tiles), matrix, bias)
                 for residual, matrix, bias in zip(residuals, matrices, biases, strict=True)
@@ -83,4 +86,8 @@ class UnitProducts:
             return native.linear(x, residual, tiles, matrix.n, bias)
         assert self._scratch is not None
         (weight,) = plain_matrices(self._scratch, [matrix], self._dtype)
-        return self._product(x, decode_rows(residual, tiles, matrix.n, weight), bias)
+        if weight.device.type == "cuda":
+            device.decode_residual(residual, tiles, matrix.n, matrix.k, weight)
+        else:
+            decode_rows(residual, tiles, matrix.n, weight)
+        return self._product(x, weight, bias)

@@ -44,16 +44,26 @@ def plain_matrices(memory: Tensor, matrices: Sequence[Placed], dtype: torch.dtyp
     return found
 
 
-def split(image: Tensor, count: int) -> list[Tensor]:
-    """The ``count`` residuals of an image (uint8), as views; each reaches to the next one's start.
+def starts(image: Tensor, count: int, n_bytes: int) -> list[int]:
+    """Where the ``count`` residuals of an image start.
+
+    Args:
+        image: its first bytes, at least the header; uint8, on the host.
+        count: how many residuals.
+        n_bytes: of the whole image.
 
     Raises:
         StoreError: the header is no header.
     """
-    starts: list[int] = image[: 8 * count].view(torch.int64).tolist()
-    if starts != sorted(starts) or starts[0] < 8 * count or starts[-1] > len(image):
+    found: list[int] = image[: 8 * count].view(torch.int64).tolist()
+    if found != sorted(found) or found[0] < 8 * count or found[-1] > n_bytes:
         raise StoreError(
             "a residual image is damaged: its header has the offsets "
-            f"{', '.join(map(str, starts))} in {len(image)} bytes; prove the store with: subspec verify"
+            f"{', '.join(map(str, found))} in {n_bytes} bytes; prove the store with: subspec verify"
         )
-    return [image[start:end] for start, end in zip(starts, [*starts[1:], len(image)], strict=True)]
+    return found
+
+
+def split(image: Tensor, offsets: Sequence[int]) -> list[Tensor]:
+    """The residuals at ``offsets`` of an image (uint8), as views; each reaches to the next one."""
+    return [image[start:end] for start, end in zip(offsets, [*offsets[1:], len(image)], strict=True)]

@@ -2,9 +2,9 @@
 
 The draft's linear layers: the decoder asks for ``x @ W.T + bias`` and gets it from the 4-bit tiles, without a
 second copy of the weights.  With a native library the product is W4A8 (``substitute_linear_reference`` says
-exactly what that is); without one, or on another device than the CPU, the tiles are dequantized a few rows at
-a time and multiplied by torch.  The two differ by the rounding of activations to 8 bits, about 0.6 % of a
-result, which a draft can bear.  The target never comes here.
+exactly what that is); without one the tiles are dequantized a few rows at a time and multiplied by torch; a
+CUDA device has a kernel that does the same.  The two differ by the rounding of activations to 8 bits, about
+0.6 % of a result, which a draft can bear.  The target never comes here.
 
 Knows nothing of how codes were chosen, where the tiles' memory comes from, or which layer this is.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subspec.kernels import device
 from subspec.kernels.lowbit import lowbit_kernels
 from subspec.substitute.layout import (
     GROUP,
@@ -111,11 +112,22 @@ class SubstituteLinear:
         self.native_bias = None if bias is None else bias.float().contiguous()
         self.native = self._kernels is not None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply: x (T, k) with unit stride in its last dimension, in the model's dtype -> (T, n), new."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: (T, k) with unit stride in its last dimension, in the model's dtype.
+            out: (T, n) to write to, contiguous.
+
+        Returns:
+            (T, n), ``out`` if given, else new.
+        """
+        if out is None:
+            out = torch.empty(x.shape[0], self.n, dtype=x.dtype, device=x.device)
+        if self.tiles.device.type == "cuda":
+            return out.copy_(device.lowbit_linear(x, self.tiles, self.n, self.k, self.bias))
         if self._kernels is None:
-            return self._chunked(x)
-        out = torch.empty(x.shape[0], self.n, dtype=x.dtype)
+            return self._chunked(x, out)
         self._kernels.product(
             x if x.stride(1) == 1 else x.contiguous(),
             self._address,
@@ -140,9 +152,8 @@ class SubstituteLinear:
         self._kernels.values(self._address, out, rows=indices.contiguous())
         return out
 
-    def _chunked(self, x: Tensor) -> Tensor:
+    def _chunked(self, x: Tensor, out: Tensor) -> Tensor:
         """The fallback: dequantize some stripes of 16 rows at a time, and let torch multiply."""
-        out = torch.empty(len(x), self.n, dtype=x.dtype, device=x.device)
         stripe_bytes = tile_bytes(1, self.k)
         step = max(1, _CHUNK // (groups(self.k) * GROUP * TILE_ROWS)) * TILE_ROWS
         for first in range(0, self.n, step):

@@ -1,4 +1,4 @@
-"""The seam between the schedule and what runs it: six verbs, and waits of the host.
+"""The seam between the schedule and what runs it: six verbs, waits of the host, and captured work.
 
 ``stream``, ``event``, ``record``, ``wait``, ``copy``, ``launch`` mean what they mean in CUDA.  Whoever moves
 or computes bytes speaks through them alone, so that one schedule runs on a GPU (``cuda``), on the CPU's
@@ -96,6 +96,20 @@ class Backend(Protocol):
         """
         ...
 
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Make ``work`` cheap to launch on ``compute`` again and again; returns what to launch instead.
+
+        On a GPU, its kernels are written down once and replayed as they are.  So what ``work`` does may
+        depend on the contents of device memory, and on nothing else: it reads and writes preallocated device
+        tensors that outlive it, at the same addresses each time; it neither uses a value of the host that
+        changes, nor reads one back, nor touches host memory, nor calls these verbs.  Tensors that it makes
+        hold intermediate values only: nobody reads them afterwards.
+
+        ``work`` runs on ``compute`` any number of times, also none, before this returns: capture while its
+        outputs may be overwritten.  Whoever launches the result says its accesses, as for ``work`` itself.
+        """
+        ...
+
     def host_wait(self, event: Event) -> None:
         """Block the caller, the host or a host stream's work, until the newest record is reached."""
         ...
@@ -108,6 +122,10 @@ class Backend(Protocol):
         self, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = (), note: str = ""
     ) -> None:
         """The calling thread itself is about to read or write memory that streams use: only said."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until a device has done all that it was given, also outside of these verbs."""
         ...
 
     def close(self) -> None:

@@ -89,6 +89,10 @@ class ThreadBackend:
         """Run in the stream's turn."""
         self._enqueue(stream, work)
 
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The work itself: a call costs a thread nothing."""
+        return work
+
     def host_wait(self, event: Event) -> None:
         """Block the caller."""
         assert isinstance(event, _Event)
@@ -103,6 +107,9 @@ class ThreadBackend:
         self, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = (), note: str = ""
     ) -> None:
         """Nothing to do."""
+
+    def settle(self) -> None:
+        """Nothing to wait for: outside of the verbs everything is done at once."""
 
     def close(self) -> None:
         """End the threads."""

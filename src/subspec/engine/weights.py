@@ -1,0 +1,318 @@
+"""The weights under a plan: read, rebuilt and placed, then handed out as products.
+
+Substitutes and resident units lie in *near* memory, where the products are computed; behind a device, images
+of further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from subspec.memory.arena import Arena, map_bytes, place_bytes
+from subspec.memory.disk import writable
+from subspec.memory.streamer import Unit
+from subspec.memory.tiers import PAGE_BYTES, page_aligned
+from subspec.models.decoder import RowProduct
+from subspec.models.linear import ExactProduct, choose_product
+from subspec.planning.plan import Plan
+from subspec.store.exact import chunk_matrices, exact_bytes, load_chunk, load_layer, rebuild
+from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
+from subspec.store.reader import Store
+from subspec.substitute.exact import UnitProducts
+from subspec.substitute.images import plain_matrices, starts
+from subspec.substitute.layout import Placed, tile_bytes
+from subspec.substitute.linear import SubstituteLinear
+
+Progress = Callable[[str, int, int], None]
+LOAD_THREADS = 2
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """A layer, or a chunk of the output head: what is streamed whole.
+
+    Attributes:
+        name: of its image.
+        matrices: in its image's order; ``tiles``: their substitutes; ``biases``: theirs.
+        starts: where each matrix's residual starts in its image; empty where images are plain weights.
+        memory: its exact weights, if it is resident.
+        plain: whether these, or what is streamed of it, are plain weights.
+    """
+
+    name: str
+    matrices: Sequence[Placed]
+    tiles: torch.Tensor
+    biases: list[torch.Tensor | None]
+    starts: list[int]
+    memory: torch.Tensor | None
+    plain: bool
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A unit that stays.
+
+    Attributes:
+        name: of its image; ``matrices``: in it; ``tiles``: their substitutes.
+        plain: whether it stays as plain weights; ``load``: reads and rebuilds these (n, k) in host memory.
+    """
+
+    name: str
+    matrices: Sequence[Placed]
+    tiles: torch.Tensor
+    plain: bool
+    load: Callable[[], list[torch.Tensor]]
+
+
+class Weights:
+    """Everything that a plan keeps, and what there is to stream.
+
+    Args:
+        store: the prepared model.
+        plan: what to keep where.
+        near: memory on the device that computes.
+        host: pinned memory for images that rest behind a device; None: near memory is host memory.
+        small: norms and biases by name, on the device.
+        slots: near memory that is not in use yet.
+        progress: called with (task, done, total).
+
+    Attributes:
+        layers, head: the exact units, in order.
+        draft_layers: each layer's four substitutes: qkv, o, gate and up, down; ``draft_head``: the head's.
+        product: how the target multiplies.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        near: Arena,
+        host: Arena | None,
+        small: dict[str, torch.Tensor],
+        slots: Sequence[torch.Tensor],
+        progress: Progress | None,
+    ) -> None:
+        self._store, self._plan, self._near, self._host = store, plan, near, host
+        self._small, self._progress = small, progress
+        self._matrices = layer_matrices(store.config)
+        self._chunks = head_chunks(store.config, store.dtype.itemsize)
+        self._scratch_image = slots[0] if slots and host is None else None
+        self.product = self._choose_product(slots)
+        self._products = UnitProducts(self.product, store.dtype, self._scratch())
+        tiles, self.draft_layers = self._load_substitutes()
+        self.draft_head = self._load_draft_head()
+        resident = self._load_resident(tiles)
+        self.layers = [self._layer_unit(index, part, resident) for index, part in enumerate(tiles)]
+        self.head = [self._head_unit(index, resident) for index in range(len(self._chunks))]
+        self._images = self._load_images()
+
+    def streamed(self) -> list[Unit]:
+        """What a sweep streams, in order."""
+        names = [unit.name for unit in [*self.layers, *self.head] if unit.memory is None]
+        records = self._store.manifest.files
+        return [
+            Unit(
+                name,
+                self._store.file(name),
+                records[name].n_bytes,
+                records[name].crc32,
+                self._images.get(name),
+            )
+            for name in names
+        ]
+
+    def products(self, unit: WeightUnit, slot: torch.Tensor | None) -> list[RowProduct]:
+        """A unit's exact products; of a streamed one, from its slot, and valid as long as it is held."""
+        memory = slot if unit.memory is None else unit.memory
+        assert memory is not None
+        return self._products.of(memory, unit.plain, unit.starts, unit.tiles, unit.matrices, unit.biases)
+
+    # --- what there is ---
+
+    def _biases(self, index: int) -> list[torch.Tensor | None]:
+        """The bias of each fused matrix of a layer, where it has one."""
+        found = []
+        for matrix in self._matrices:
+            parts = [self._small.get(layer_tensor(index, part, "bias")) for part in matrix.parts]
+            known = [part for part in parts if part is not None]
+            found.append(torch.cat(known) if known else None)
+        return found
+
+    def _layer_unit(self, index: int, tiles: torch.Tensor, resident: dict[str, torch.Tensor]) -> WeightUnit:
+        """A layer."""
+        name = layer_file(index, self._store.form)
+        plain = self._store.form == "exact" or index in self._plan.plain_layers
+        offsets = [] if plain else self._starts(name, len(self._matrices))
+        return WeightUnit(
+            name, self._matrices, tiles, self._biases(index), offsets, resident.get(name), plain
+        )
+
+    def _head_unit(self, index: int, resident: dict[str, torch.Tensor]) -> WeightUnit:
+        """A chunk of the output head; its substitute is a part of the draft head's."""
+        chunk = self._chunks[index]
+        name = head_file(index, self._store.form)
+        plain = self._store.form == "exact" or index < self._plan.plain_chunks
+        offsets = [] if plain else self._starts(name, 1)
+        matrices = chunk_matrices(self._store, chunk)
+        return WeightUnit(
+            name, matrices, self._chunk_tiles(index), [None], offsets, resident.get(name), plain
+        )
+
+    def _chunk_tiles(self, index: int) -> torch.Tensor:
+        """The substitute of a chunk of the head."""
+        chunk, hidden = self._chunks[index], self._store.config.hidden_size
+        return self.draft_head.tiles[tile_bytes(chunk.start, hidden) : tile_bytes(chunk.stop, hidden)]
+
+    def _starts(self, name: str, count: int) -> list[int]:
+        """Where the residuals of an image start: from its first page."""
+        page = map_bytes(PAGE_BYTES)
+        self._store.file(name).read(writable(page), 0)
+        return starts(page, count, self._store.manifest.files[name].n_bytes)
+
+    # --- how the target multiplies ---
+
+    def _choose_product(self, slots: Sequence[torch.Tensor]) -> ExactProduct:
+        """The start-up check of row-invariance, on this model's shapes, in memory that is not in use yet."""
+        hidden, itemsize = self._store.config.hidden_size, self._store.dtype.itemsize
+        shapes = [(matrix.n, matrix.k) for matrix in self._matrices] + [(self._chunks[0].stop, hidden)]
+        largest = page_aligned(max(n * k for n, k in shapes) * itemsize)
+        fits = bool(slots) and len(slots[0]) >= largest
+        return choose_product(
+            shapes, self._store.dtype, slots[0] if fits else place_bytes(largest, self._near.device)
+        )
+
+    def _scratch(self) -> torch.Tensor | None:
+        """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""
+        if self.product.native or self._store.manifest.codec == "raw":
+            return None
+        shapes = [*self._matrices, *chunk_matrices(self._store, self._chunks[0])]
+        largest = max(shape.n * shape.k for shape in shapes) * self._store.dtype.itemsize
+        return place_bytes(largest, self._near.device)
+
+    # --- loading ---
+
+    def _load_substitutes(self) -> tuple[list[torch.Tensor], list[list[SubstituteLinear]]]:
+        """Read every layer's substitutes: its tiles, and the products with them."""
+        layers = self._store.config.layers
+        per_layer = page_aligned(sum(tile_bytes(matrix.n, matrix.k) for matrix in self._matrices))
+        memory = self._near.bytes("substitutes", per_layer * layers).view(layers, per_layer)
+        names = [layer_file(index, "substitute") for index in range(layers)]
+        self._load_all("loading substitutes", list(zip(names, memory, strict=True)))
+        products = [
+            [
+                SubstituteLinear(matrix.own_tiles(tiles), matrix.n, matrix.k, bias)
+                for matrix, bias in zip(self._matrices, self._biases(index), strict=True)
+            ]
+            for index, tiles in enumerate(memory)
+        ]
+        return list(memory), products
+
+    def _load_draft_head(self) -> SubstituteLinear:
+        """The head's substitute as one run of tiles, put together from its chunks."""
+        hidden, vocabulary = self._store.config.hidden_size, self._store.config.vocab_size
+        tiles = self._near.bytes("substitutes", tile_bytes(vocabulary, hidden))
+        for index, chunk in enumerate(self._chunks):
+            size, offset = tile_bytes(chunk.stop - chunk.start, hidden), tile_bytes(chunk.start, hidden)
+            scratch = map_bytes(page_aligned(size))
+            self._store.load(head_file(index, "substitute"), scratch)
+            tiles[offset : offset + size].copy_(scratch[:size])
+        return SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
+
+    def _load_resident(self, tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Read the images that stay, and rebuild those that stay as plain weights; by name."""
+        kept = self._kept(tiles)
+        if not kept:
+            return {}
+        records = self._store.manifest.files
+        sizes = [
+            exact_bytes(self._store, one.matrices) if one.plain else records[one.name].n_bytes for one in kept
+        ]
+        memory = torch.split(self._near.bytes("resident", sum(sizes)), sizes)
+        places = {one.name: place for one, place in zip(kept, memory, strict=True)}
+        rebuilt = [one for one in kept if one.plain and self._store.form == "residual"]
+        for done, one in enumerate(rebuilt, start=1):
+            self._rebuild(one, places[one.name])
+            self._report("rebuilding resident layers", done, len(rebuilt))
+        ready = {one.name for one in rebuilt}
+        as_stored = [(name, place) for name, place in places.items() if name not in ready]
+        self._load_all("loading resident layers", as_stored)
+        return places
+
+    def _kept(self, tiles: list[torch.Tensor]) -> list[_Kept]:
+        """The units that stay."""
+        store, plan, form = self._store, self._plan, self._store.form
+        layers = [
+            _Kept(
+                layer_file(index, form),
+                self._matrices,
+                tiles[index],
+                index in plan.plain_layers,
+                partial(load_layer, store, index),
+            )
+            for index in plan.resident_layers
+        ]
+        return layers + [
+            _Kept(
+                head_file(index, form),
+                chunk_matrices(store, self._chunks[index]),
+                self._chunk_tiles(index),
+                index < plan.plain_chunks,
+                partial(_one_chunk, store, index),
+            )
+            for index in range(plan.resident_chunks)
+        ]
+
+    def _rebuild(self, one: _Kept, place: torch.Tensor) -> None:
+        """Rebuild a unit's plain weights, by the processor, wherever they go."""
+        if self._host is not None:  # its substitutes are out of the processor's reach
+            weights = plain_matrices(place, one.matrices, self._store.dtype)
+            for weight, rebuilt in zip(weights, one.load(), strict=True):
+                weight.copy_(rebuilt)
+            return
+        n_bytes = self._store.manifest.files[one.name].n_bytes
+        image = map_bytes(n_bytes) if self._scratch_image is None else self._scratch_image[:n_bytes]
+        self._store.load(one.name, image)
+        rebuild(self._store, image, one.tiles, one.matrices, place)
+
+    def _load_images(self) -> dict[str, torch.Tensor]:
+        """Read the images that rest in host memory behind a device; by name."""
+        if self._host is None:
+            return {}
+        names = [layer_file(index, self._store.form) for index in self._plan.host_layers]
+        names += [head_file(index, self._store.form) for index in self._plan.host_chunks]
+        records = self._store.manifest.files
+        sizes = [records[name].n_bytes for name in names]
+        memory = torch.split(self._host.bytes("images", sum(sizes)), sizes) if names else ()
+        jobs = list(zip(names, memory, strict=True))
+        with ThreadPoolExecutor(LOAD_THREADS) as pool:
+            for done, _ in enumerate(pool.map(lambda job: self._store.load(*job), jobs), start=1):
+                self._report("loading host memory", done, len(jobs))
+        return dict(jobs)
+
+    def _load_all(self, task: str, jobs: list[tuple[str, torch.Tensor]]) -> None:
+        """Load images into near memory with a few threads."""
+        with ThreadPoolExecutor(LOAD_THREADS) as pool:
+            for done, _ in enumerate(pool.map(lambda job: self._load(*job), jobs), start=1):
+                self._report(task, done, len(jobs))
+
+    def _load(self, name: str, target: torch.Tensor) -> None:
+        """Read an image into near memory, through host memory where that is another."""
+        if self._host is None:
+            self._store.load(name, target)
+            return
+        image = map_bytes(self._store.manifest.files[name].n_bytes)
+        self._store.load(name, image)
+        target[: len(image)].copy_(image)
+
+    def _report(self, task: str, done: int, total: int) -> None:
+        """Tell whoever asked how far it is."""
+        if self._progress is not None:
+            self._progress(task, done, total)
+
+
+def _one_chunk(store: Store, index: int) -> list[torch.Tensor]:
+    """The exact matrix of a chunk of the output head, read and rebuilt in host memory."""
+    return [load_chunk(store, index)]

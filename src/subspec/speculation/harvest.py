@@ -1,0 +1,130 @@
+"""What the host makes of a step's summary: the tree, the guesses behind it, and the next step's tree.
+
+The counterpart of ``levels`` on the host.  Tree nodes are renumbered without the missing ones; ``places``
+says which node of the device each one is, and with it which cache slot.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from subspec.speculation.levels import EMPTY, Shape, summary_size
+from subspec.speculation.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What the draft said of a node's next token: tokens, best first, and scores (K,) fp32 of them all."""
+
+    tokens: list[int]
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """A step's tree, as the device left it.
+
+    Attributes:
+        tree: its nodes, missing ones left out.
+        places: which node of the device each one is.
+        verified: the nodes that the sweep verified, in the order of its rows.
+        targets: the target's token after each of them, if the device chose it.
+        guesses: by node, of those that were forwarded.
+    """
+
+    tree: DraftTree
+    places: list[int]
+    verified: list[int]
+    targets: list[int]
+    guesses: dict[int, Guesses]
+
+
+def harvest(summary: torch.Tensor, shape: Shape, base: int, levels: int, verified: int) -> Harvest:
+    """Read a summary (``summary_size``,) int32.
+
+    Args:
+        summary: on the host.
+        shape: of the state that it is of.
+        base: of the tree.
+        levels: that were drafted: nodes of deeper ones count for nothing, those of the last one were not
+            forwarded.
+        verified: rows of the sweep.
+    """
+    nodes, candidates = shape.nodes, shape.candidates
+    sizes = [nodes, nodes, nodes, nodes * candidates, nodes * candidates, shape.verified, shape.verified]
+    assert len(summary) == sum(sizes) == summary_size(shape)
+    token, parent, score, guess, guess_score, chosen, targets = torch.split(summary, sizes)
+    scores = score.view(torch.float32).tolist()
+    tokens, parents = token.tolist(), parent.tolist()
+    tree, places, numbers = DraftTree.rooted(tokens[0], base), [0], {0: 0}
+    for place in range(1, 1 + levels * shape.width):
+        if scores[place] > EMPTY and parents[place] in numbers:
+            numbers[place] = tree.add(tokens[place], numbers[parents[place]], scores[place])
+            places.append(place)
+    guessed = guess.view(nodes, candidates).tolist()
+    guessed_scores = guess_score.view(torch.float32).view(nodes, candidates)
+    guesses = {
+        node: Guesses(guessed[place], guessed_scores[place])
+        for node, place in enumerate(places)
+        if tree.depths[node] < levels
+    }
+    rows = [numbers[place] for place in chosen[:verified].tolist()]
+    return Harvest(tree, places, rows, targets[:verified].tolist(), guesses)
+
+
+@dataclass(frozen=True)
+class Seedling:
+    """A tree for ``Levels.plant``.
+
+    Attributes:
+        packed: int32, what the device is to know.
+        levels: of it; the last one's nodes are the next to be forwarded.
+        nodes: of the harvest's tree, whose entries it needs; ``places``: which nodes they become.
+        scores: of all its nodes: probabilities to be reached, falling; ``frontier``: of the last level's.
+    """
+
+    packed: torch.Tensor
+    levels: int
+    nodes: list[int]
+    places: list[int]
+    scores: list[float]
+    frontier: list[float]
+
+
+def seedling(grown: Harvest, top: int, shape: Shape, base: int) -> Seedling | None:
+    """The tree below ``top``, the next root, in level layout; None if nothing is below it.
+
+    Args:
+        grown: the step's tree.
+        top: a node of it.
+        shape: of the state that it is for.
+        base: of the new tree.
+    """
+    tree, depth = grown.tree, grown.tree.depths[top]
+    kept = tree.below(top)
+    levels = max(tree.depths[node] for node in kept) - depth
+    if levels == 0:
+        return None
+    filled = [0] * (levels + 1)
+    token, parent = torch.zeros(shape.nodes, dtype=torch.int32), torch.zeros(shape.nodes, dtype=torch.int32)
+    score = torch.full((shape.nodes,), EMPTY)
+    path = torch.zeros((shape.nodes, shape.depth + 1), dtype=torch.int32)
+    places: dict[int, int] = {}
+    for node in kept:
+        level = tree.depths[node] - depth
+        place = 0 if level == 0 else 1 + (level - 1) * shape.width + filled[level]
+        filled[level] += 1
+        places[node] = place
+        token[place], score[place] = tree.tokens[node], tree.scores[node] - tree.scores[top]
+        if level:
+            above = places[tree.parents[node]]
+            parent[place] = above
+            path[place] = path[above]
+            path[place, level] = place
+    numbers = torch.tensor([base, levels], dtype=torch.int32)
+    packed = torch.cat([numbers, token, parent, score.view(torch.int32), path.flatten()])
+    chances = {node: math.exp(tree.scores[node] - tree.scores[top]) for node in kept}
+    last = [chances[node] for node in kept if tree.depths[node] - depth == levels]
+    ordered = sorted(chances.values(), reverse=True), sorted(last, reverse=True)
+    return Seedling(packed, levels, kept, [places[node] for node in kept], *ordered)
