@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -92,7 +94,8 @@ def compile_for(launch: Any, architecture: int) -> Any:
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=hints)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    with TemporaryDirectory() as cache, patch.dict(os.environ, TRITON_CACHE_DIR=cache):
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     assert compiled.metadata.shared <= SHARED_BYTES[architecture]
     return compiled
