@@ -5,20 +5,20 @@ What is decided by time is decided by chance here, as in ``test_adaptive``.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from budgets import PLENTY, least_budget, least_device_budgets
-from device_drafters import DeviceRun, gaps_by_chance, run_device
+from device_drafters import DeviceRun, run_device
 from drafters import Run, _run, always, never, run_plain, sometimes
 from test_adaptive import DEPTH, NODES, WIDTH, ByChance
 from test_lossless import SAMPLINGS, TREES
 from tiny import FAMILIES, write_tiny
 
-from subspec import LLM, SamplingParams
+from subspec import LLM
 from subspec.memory.hazards import SWITCH
 from subspec.planning import parts, plan
 from subspec.speculation.ahead import Ahead
