@@ -72,9 +72,11 @@ def test_some_seeds_run_all_at_once_and_some_nothing() -> None:
     for seed in SEEDS:
         backend = SimulatedBackend(seed)
         link = backend.stream("link")
-        for _ in range(20):
+        behind = set()
+        for called in range(1, 21):
             backend.launch(link, lambda: None)
-        steps.add(len(backend.trace))
+            behind.add(called - len(backend.trace))
+        steps.add(max(behind))
     assert {0, 20} < steps
 
 
@@ -108,7 +110,7 @@ def test_some_seeds_run_only_what_is_waited_for() -> None:
         backend.host_wait(ends["c"])
         return ran == [*"aaaaabbbbbccccc"]
 
-    assert any(late(seed) for seed in SEEDS)
+    assert sum(map(late, SEEDS)) > len(SEEDS) / 8
 
 
 # Misuse
