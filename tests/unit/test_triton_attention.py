@@ -23,7 +23,7 @@ SHAPES = {
     "80 wide": (2, 4, 2, 80, [(65, 4), (3, 2)]),
     "96 wide": (2, 2, 2, 96, [(65, 4), (3, 2)]),
     "256 wide": (2, 2, 1, 256, [(33, 4), (3, 2)]),
-    "17 rows": (17, 2, 1, 64, [(9, 3), (40, 0), (5, 5)]),
+    "17 rows": (17, 2, 1, 64, [(9, 3), (100, 0), (60, 9)]),
 }
 TOLERANCE = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 2e-6}
 
@@ -46,13 +46,13 @@ def case(name: str, kind: str) -> tuple[Any, ...]:
 
 
 CASES = {f"{name}, {kind}": ("attend", *case(name, kind)) for name in SHAPES for kind in DTYPES}
-WHOLE = "17 rows, bf16"
+WHOLE = "17 rows, fp32"  # where no rounding of results hides another order of sums
 ORDER = torch.randperm(17, generator=torch.Generator().manual_seed(1))
 
 
 def variants() -> dict[str, tuple[Any, ...]]:
     """The case with 17 rows again: in another order, one alone, in other slots, with paths for prefixes."""
-    q, k, v, prefix, paths, path_lens, scale = case("17 rows", "bf16")
+    q, k, v, prefix, paths, path_lens, scale = case("17 rows", "fp32")
 
     def some(rows: Any, prefix: Tensor = prefix, paths: Tensor = paths, lens: Tensor = path_lens) -> Any:
         chosen = (part[rows].contiguous() for part in (prefix, paths, lens))
@@ -62,7 +62,7 @@ def variants() -> dict[str, tuple[Any, ...]]:
     moved = torch.cat([torch.arange(150), away])
     k2, v2 = torch.empty_like(k), torch.empty_like(v)
     k2[:, moved], v2[:, moved] = k, v
-    tail = torch.arange(10, 40, dtype=torch.int32).expand(17, -1)
+    tail = torch.arange(70, 100, dtype=torch.int32).expand(17, -1)
     longer = torch.cat([tail, paths], dim=1)
     return {
         "order": some(ORDER),

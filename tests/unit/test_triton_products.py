@@ -133,6 +133,20 @@ def test_constants_are_the_layouts() -> None:
         assert getattr(operators, constant) == getattr(layout, constant)
 
 
+def test_nothing_is_compiled_anew_between_calls() -> None:
+    """Whatever differs from call to call is not specialized on: a graph must not meet the compiler."""
+    from subspec.kernels.triton import attention, gather, linear, lowbit, residual, rowwise
+
+    kernels = [
+        attention.attend_row, gather.copy_part, linear.multiply, lowbit.multiply_codes, residual.decode_tile,
+        rowwise.rms_norm_row, rowwise.silu_mul_part, rowwise.rotate_and_store_head,
+    ]  # fmt: skip
+    indices = {"prefix", "paths", "path_lens", "positions", "slots", "tokens", "residual"}
+    for parameter in (parameter for kernel in kernels for parameter in kernel.params):
+        assert parameter.do_not_specialize or parameter.name not in {"rows", "capacity"}
+        assert parameter.do_not_specialize_on_alignment or parameter.name not in indices
+
+
 @pytest.mark.parametrize("architecture", SHARED_BYTES)
 def test_compiles(architecture: int) -> None:
     from subspec.kernels.triton import gather, linear, lowbit

@@ -170,7 +170,8 @@ def test_compiles(
     assert isinstance(kernel.decode_tile, triton.JITFunction), "interpreted: unset TRITON_INTERPRET"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arguments = {"residual": "*u8", "tiles": "*i32", "out": "*i16", "n": "i32", "k": "i32"}
-    hints = {(i,): [["tt.divisibility", 16]] for i in range(len(arguments))} if aligned else None
+    # The residual starts on any byte, and no launch specializes on where.
+    hints = {(i,): [["tt.divisibility", 16]] for i in range(1, len(arguments))} if aligned else None
     source = ASTSource(
         kernel.decode_tile,
         signature={**arguments, "low_bits": "constexpr"},

@@ -3,8 +3,8 @@
 The twin of ``attend_reference`` in ``models/attention.py``.  A program has one query row and one key head;
 the query heads that share it are the rows of its matrix products.  It goes over the row's keys in position
 order, the prefix and then the path as one sequence, in blocks of a length that head size and dtype alone
-decide.  So a row's bits depend on neither the other rows, nor the slots of its path, nor the grid.  Knows
-nothing of caches.
+decide.  So a row's bits depend on neither the other rows, nor the slots of its path, nor the grid.  Scores
+and sums are in fp32; the weights of values are rounded to their dtype.  Knows nothing of caches.
 """
 
 import triton
@@ -61,7 +61,10 @@ def attend(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(
+    do_not_specialize=["capacity"],
+    do_not_specialize_on_alignment=["prefix", "paths", "path_lens"],
+)
 def attend_row(
     q,
     k,

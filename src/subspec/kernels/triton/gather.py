@@ -32,7 +32,7 @@ def gather_rows(table: Tensor, tokens: Tensor, out: Tensor) -> Launch:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def copy_part(out, table, tokens, width, part: tl.constexpr):
     """``part`` columns of a row; program (row, part)."""
     row = tl.program_id(0).to(tl.int64)

@@ -1,7 +1,11 @@
 """What all kernels of this folder share: how a launch is described, and the product of two blocks.
 
-A kernel's module describes a launch from its arguments; ``kernels.device`` runs it, and the tests compile the
-very same description for devices that are not here.  Knows nothing of what kernels compute.
+A kernel's module describes a launch from its arguments; ``kernels.device_operators`` runs it, and the tests
+compile the very same description for devices that are not here.
+
+Triton compiles a kernel anew for arguments that differ in what it specializes on.  So whatever may differ
+from call to call, numbers of rows and where indices start, is excepted: once a kernel ran for a model's sizes,
+it is compiled for all calls, and may be captured in a graph.  Knows nothing of what kernels compute.
 """
 
 from collections.abc import Mapping

@@ -63,7 +63,7 @@ def decode(residual: Tensor, tiles: Tensor, n: int, k: int, out: Tensor) -> None
         decode_tile[(count,)](residual, words, patterns, n, k, LOW_BITS[out.dtype], **OPTIONS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["residual"])  # read byte by byte anyway
 def decode_tile(residual, tiles, out, n, k, low_bits: tl.constexpr):
     """Rebuild one tile; a program for each, in their order.
 

@@ -122,7 +122,7 @@ def silu_mul_part(gate_up, out, width, part: tl.constexpr):
     tl.store(out + row * width + column, rounded(product, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rotate_and_store_head(
     qkv,
     cos,
