@@ -323,7 +323,7 @@ def run_device(
     params: SamplingParams,
     seed: int,
 ) -> DeviceRun:
-    """A text whose steps are ``ahead``'s, with gaps by chance; drafts are the engine's if no passes are given."""
+    """A text whose steps are ``ahead``'s, gaps by chance; without passes, drafts are the engine's."""
     assert engine.exchange is not None
     forget_accesses(engine)
     before = engine.exchange.blocking_reads
