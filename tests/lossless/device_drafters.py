@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from drafters import Run, Temper, _run
+from drafters import Run, Temper, _run, always
 
 from subspec.engine import Counters, Engine
 from subspec.engine.host_view import HostView
@@ -23,7 +23,7 @@ from subspec.memory.schedule import Gap, Step
 from subspec.models.decoder import Rows
 from subspec.speculation.ahead import Ahead
 from subspec.speculation.levels import EMPTY
-from subspec.speculation.sampling import Sampler, SamplingParams
+from subspec.speculation.sampling import Sampler, SamplingParams, gumbel_noise
 
 
 @contextmanager
@@ -81,14 +81,23 @@ class DeviceDrafter:
         ahead: whose steps it stands in.
         text: the prompt and the tokens that plain decoding gave.
         temper: (random logits (V,), the text's next token or None off its path, a number) → logits (V,).
+        params: what tokens are chosen with.
         seed: of the random logits and numbers.
 
     Attributes:
-        passes: of each sweep with a gap, draft passes begun since the last one, those in its gaps left out.
+        passes: of each sweep, draft passes begun since the last one, those in its gaps left out.
     """
 
-    def __init__(self, engine: Engine, ahead: Ahead, text: Sequence[int], temper: Temper, seed: int) -> None:
-        self._engine, self._levels, self._temper = engine, ahead.levels, temper
+    def __init__(
+        self,
+        engine: Engine,
+        ahead: Ahead,
+        text: Sequence[int],
+        temper: Temper,
+        params: SamplingParams,
+        seed: int,
+    ) -> None:
+        self._engine, self._levels, self._temper, self._params = engine, ahead.levels, temper, params
         self.exchange = engine.exchange
         self._captured: dict[object, tuple[Rows, Callable[[torch.Tensor], object]]] = {}
         self._texts = Texts(seed)
@@ -172,7 +181,16 @@ class DeviceDrafter:
             self._entries.pop(slot, None)
             if text is not None:
                 self._entries[slot] = Entry(text, exact=False)
+        if self._params.samples:
+            self._require_noise(int(rows.positions[0]) + 1)
         return torch.stack([self._row(text) for text in texts]).to(self._engine.store.dtype)
+
+    def _require_noise(self, position: int) -> None:
+        """The noise of a position is on the device."""
+        row = self._levels.noise[position % len(self._levels.noise)]
+        assert torch.equal(row, gumbel_noise(self._params.seed, position, len(row))), (
+            "another position's noise"
+        )
 
     def _row(self, text: int | None) -> torch.Tensor:
         """Logits (V,) after a text."""
@@ -190,10 +208,10 @@ class DeviceDrafter:
         prefix, path = int(rows.prefix[row]), rows.paths[row, : int(rows.path_lens[row])].tolist()
         if not path:  # a prompt's row: a part of the prefix it attends to
             prefix, path = prefix - 1, [prefix - 1]
-        assert path[-1] == int(rows.slots[row])
+        assert path[-1] == int(rows.slots[row]), "a row's path ends elsewhere"
         text = 0
         if prefix:
-            assert self._entries[prefix - 1].exact
+            assert self._entries[prefix - 1].exact, "the prefix is a draft's"
             text = self._entries[prefix - 1].text
         for slot in path[:-1]:
             entry = self._entries.get(slot)
@@ -214,12 +232,60 @@ class DeviceDrafter:
     def _enter_moves(self, sources: list[int], targets: list[int], exact: int) -> None:
         """A commit keeps entries, the first ``exact`` of them for good, and all others are forgotten."""
         moved = [self._entries.get(source) for source in sources]
-        assert all(entry is not None and entry.exact for entry in moved[:exact])
+        assert all(entry is not None and entry.exact for entry in moved[:exact]), "a draft's is kept"
         for entry in moved[exact:]:
             assert entry is None or entry.exact or entry.text not in self._swept, "the exact entry is lost"
         kept = {slot: entry for slot, entry in self._entries.items() if slot < targets[0]}
         new = {slot: entry for slot, entry in zip(targets, moved, strict=True) if entry is not None}
         self._entries = kept | new
+
+
+class Faithful(DeviceDrafter):
+    """Along the plain text it says what the target says: only noise, penalty and filters can make it miss.
+
+    Args:
+        engine, ahead, text, params, seed: a ``DeviceDrafter``'s.
+        said: the target's logits (n, V), which gave the last n tokens of the text.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ahead: Ahead,
+        text: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        said: torch.Tensor,
+    ) -> None:
+        super().__init__(engine, ahead, text, always, params, seed)
+        self._said = dict(zip(list(self._right)[-len(said) :], said, strict=True))
+
+    def _row(self, text: int | None) -> torch.Tensor:
+        known = None if text is None else self._said.get(text)
+        return super()._row(text) if known is None else known
+
+
+class Recorder:
+    """Passes without a tree, which keep what the target says of a text.
+
+    Attributes:
+        said: logits (V,) of each token.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.said: list[torch.Tensor] = []
+
+    def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
+        logits = self._engine.target(rows, last_only=last_only)
+        self.said.append(logits[-1].clone())
+        return logits
+
+    def draft(self, rows: Rows) -> torch.Tensor:
+        return self._engine.draft(rows)
+
+    def move(self, sources: list[int], start: int) -> None:
+        self._engine.move(sources, start)
 
 
 @dataclass(frozen=True)
@@ -230,30 +296,38 @@ class DeviceRun:
         run: the text, and the committed keys and values.
         reads: values that the host waited for.
         filled: pieces of drafting in gaps.
-        passes: before the sweep of each step; None for the engine's own drafts.
     """
 
     run: Run
     reads: int
     filled: int
-    passes: list[int] | None
+
+    @property
+    def accepted(self) -> list[int]:
+        """Of each step."""
+        return self.run.accepted
+
+
+def forget_accesses(engine: Engine) -> None:
+    """Begin a page for the next text: comparing with all earlier texts' accesses takes time."""
+    if engine.checker is not None:
+        engine.checker.check()
+        engine.checker._accesses.clear()
 
 
 def run_device(
     engine: Engine,
+    passes: DeviceDrafter | None,
     ahead: Ahead,
     prompt: list[int],
     params: SamplingParams,
-    plain: Run,
-    temper: Temper | None,
     seed: int,
 ) -> DeviceRun:
-    """A text whose steps are ``ahead``'s, with gaps by chance; without a temper, the engine's own drafts."""
-    passes = None if temper is None else DeviceDrafter(engine, ahead, prompt + plain.tokens, temper, seed)
-    view = HostView(engine if passes is None else passes)
+    """A text whose steps are ``ahead``'s, gaps by chance; without passes, drafts are the engine's."""
     assert engine.exchange is not None
+    forget_accesses(engine)
     before = engine.exchange.blocking_reads
+    view = HostView(engine if passes is None else passes)
     with gaps_by_chance(engine, seed) as filled:
         found = _run(engine, view, prompt, Sampler(params, prompt), ahead)  # type: ignore[arg-type]
-    reads = engine.exchange.blocking_reads - before
-    return DeviceRun(found, reads, sum(filled), None if passes is None else passes.passes[1:])
+    return DeviceRun(found, engine.exchange.blocking_reads - before, sum(filled))

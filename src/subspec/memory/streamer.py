@@ -267,7 +267,8 @@ class Streamer:
             backend.wait(self._copies, slot.free)
             backend.copy(self._copies, slot.memory[: unit.n_bytes], unit.image, f"load {number}")
             backend.record(slot.copied[0], self._copies)
-            self.streamed_bytes += unit.n_bytes
+            with self._counting:
+                self.streamed_bytes += unit.n_bytes
             return load
         sizes = [
             (offset, min(self._request_bytes, unit.n_bytes - offset))

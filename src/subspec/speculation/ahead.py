@@ -236,10 +236,8 @@ class _Steps:
 
     def _key(self, rows: Rows) -> object:
         """Of the captured pass over the root or a level: it depends on this, and on the device's memory."""
-        params = self._sampler.params
-        return rows is self._levels.first, replace(
-            params, max_new_tokens=1, seed=0, stop=(), ignore_eos=False
-        )
+        params = replace(self._sampler.params, max_new_tokens=1, seed=0, stop=(), ignore_eos=False)
+        return self._levels, rows is self._levels.first, params
 
     def _grown(self) -> None:
         """A level was launched: let its reach come."""
