@@ -109,7 +109,7 @@ class SubstituteLinear:
             )
         self.tiles, self.n, self.k, self.bias = tiles, n, k, bias
         self._kernels = lowbit_kernels() if tiles.device.type == "cpu" else None
-        self._address = tiles.data_ptr()
+        self._address = 0 if self._kernels is None else tiles.data_ptr()
         self.native_bias = None if bias is None else bias.float().contiguous()
         self.native = self._kernels is not None
         self._device_product = Tiles().pack(tiles, n, k) if tiles.device.type == "cuda" else None
