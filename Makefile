@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_VENV := build/gpu-venv
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types contract unit install clean
+.PHONY: demo test lint types contract unit install gpu-check clean
 
 demo: install
 	$(BIN)/subspec demo
@@ -32,5 +34,17 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# On a machine with a CUDA device: all that needs one, into gpu-report.json.  Torch brings the Triton it wants.
+# `make gpu-check MODEL=path VRAM=8GiB RAM=32GiB`; TORCH and TORCH_INDEX choose another build of torch.
+gpu-check: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(if $(MODEL),--model "$(MODEL)") $(if $(VRAM),--vram "$(VRAM)") $(if $(RAM),--ram "$(RAM)")
+
+$(GPU_VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/subspec/kernels/cpu/*) src/subspec/kernels/build.py
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(GPU_VENV)/constraints.txt
+	$(GPU_VENV)/bin/pip install --quiet --constraint $(GPU_VENV)/constraints.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) src/subspec/kernels/*.so src/subspec/kernels/build.json
+	rm -rf $(VENV) $(GPU_VENV) src/subspec/kernels/*.so src/subspec/kernels/build.json

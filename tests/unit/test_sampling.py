@@ -26,7 +26,7 @@ from subspec.errors import OptionError
 from subspec.models.decoder import prefix_rows
 from subspec.speculation.decode import decode
 from subspec.speculation.draft import TreeShape
-from subspec.speculation.sampling import NUCLEUS_GUESS, Sampler, gumbel_noise, keep
+from subspec.speculation.sampling import NUCLEUS_GUESS, Sampler, gumbel_noise, keep, penalized, rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +180,59 @@ def test_the_draft_ranks_its_guesses_under_the_targets_noise() -> None:
         assert tokens[0][0] == sampler.choose(logits[0], 9, [4, 5]), name
         assert logs[0] == sorted(logs[0], reverse=True)
         assert sum(np.exp(logs[0])) <= 1 + 1e-5
+
+
+def kept_in_order(values: torch.Tensor, params: SamplingParams) -> list[int]:
+    """Which of falling logits (C,) the filters leave; of equal ones, the first."""
+    kept = values[: params.top_k] if params.top_k else values
+    if params.top_p < 1.0:
+        sums = kept.double().softmax(-1).cumsum(-1).tolist()
+        kept = kept[: 1 + sum(held < params.top_p for held in sums[:-1])]
+    least = values[0] + float(np.log(params.min_p)) if params.min_p else -np.inf
+    return [place for place, value in enumerate(kept) if value >= least]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "tied", "silent", "uniform"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_rows_ranked_together_are_ranked_as_each_alone(name: str, kind: str, dtype: torch.dtype) -> None:
+    params, generator = FILTERS[name], torch.Generator().manual_seed(2)
+    for count, candidates, vocabulary in [(3, 10, 40), (8, 8, 40), (12, 5, 40), (8, 64, 5), (1, 1, 1)]:
+        logits = 3 * torch.randn(20, vocabulary, generator=generator)
+        noise = torch.stack([gumbel_noise(0, place, vocabulary) for place in range(20)])
+        if kind == "tied":
+            logits, noise = logits.round(), noise.round()
+        elif kind == "silent":
+            logits[logits < 2] = -torch.inf
+        elif kind == "uniform":
+            logits = torch.zeros_like(logits)  # equal shares: their sums end on the filters' edges
+        logits = logits.to(dtype)
+        tokens, scores = rank(logits, lambda chosen: noise.gather(1, chosen), params, count, candidates)  # noqa: B023
+        assert tokens.shape == scores.shape == (20, min(count, vocabulary))
+        likeliest = logits.topk(min(max(candidates, count), vocabulary))
+        for row in range(20):
+            values, ids = likeliest.values[row].float() / params.divisor, likeliest.indices[row]
+            kept = kept_in_order(values, params)
+            if kind == "random" and dtype is torch.float32:
+                assert sorted(values[kept].tolist()) == sorted(keep(values, params)[0].tolist())
+            perturbed = values[kept] + noise[row][ids[kept]]
+            order = torch.sort(perturbed, descending=True, stable=True).indices[:count]
+            known = scores[row] > -torch.inf
+            real = perturbed[order] > -torch.inf
+            assert tokens[row][known].tolist() == ids[kept][order][real].tolist()
+            assert scores[row][known].tolist() == perturbed[order][real].tolist()
+
+
+def test_the_penalty_of_many_rows_is_that_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, params = torch.randn(6, 30, generator=generator), FILTERS["penalty"]
+    paths = [torch.randint(30, (length,), generator=generator).tolist() for length in range(6)]
+    sampler, seen = Sampler(params, [3, 4]), torch.zeros(6, 30, dtype=torch.bool)
+    for row, path in enumerate(paths):
+        seen[row, [3, 4, *path]] = True
+    expected = [sampler._penalized(row, path) for row, path in zip(logits, paths, strict=True)]
+    assert torch.equal(penalized(logits, seen, params.repetition_penalty), torch.stack(expected))
+    assert penalized(logits, seen, 1.0) is logits
 
 
 # --- draws of the speculative mode --------------------------------------------------------------------------

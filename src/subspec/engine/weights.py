@@ -324,19 +324,22 @@ class Weights:
         return dict(jobs)
 
     def _load_all(self, task: str, jobs: list[tuple[str, torch.Tensor]]) -> None:
-        """Load images into near memory with a few threads."""
+        """Load images into near memory; a few threads read."""
         with ThreadPoolExecutor(LOAD_THREADS) as pool:
-            for done, _ in enumerate(pool.map(lambda job: self._load(*job), jobs), start=1):
-                self._report(task, done, len(jobs))
+            for start in range(0, len(jobs), LOAD_THREADS):
+                some = jobs[start : start + LOAD_THREADS]
+                for (_, target), image in zip(
+                    some, pool.map(lambda job: self._read(*job), some), strict=True
+                ):
+                    if image is not target:
+                        target[: len(image)].copy_(image)
+                self._report(task, min(start + LOAD_THREADS, len(jobs)), len(jobs))
 
-    def _load(self, name: str, target: torch.Tensor) -> None:
-        """Read an image into near memory, through host memory where that is another."""
-        if self._host is None:
-            self._store.load(name, target)
-            return
-        image = map_bytes(self._store.manifest.files[name].n_bytes)
+    def _read(self, name: str, target: torch.Tensor) -> torch.Tensor:
+        """Read an image into ``target`` and return it, or into new memory where files do not reach that."""
+        image = target if self._host is None else map_bytes(self._store.manifest.files[name].n_bytes)
         self._store.load(name, image)
-        target[: len(image)].copy_(image)
+        return image
 
     def _report(self, task: str, done: int, total: int) -> None:
         """Tell whoever asked how far it is."""

@@ -18,7 +18,7 @@ GROUP, TILE_ROWS, TILE_BYTES, DIRECTORY_BYTES = 64, 16, 576, 4
 
 Implementation = Callable[..., Tensor | None]
 
-OPERATORS = torch.library.Library("subspec", "FRAGMENT")
+OPERATORS = torch.library.Library("subspec", "FRAGMENT")  # type: ignore[no-untyped-call]
 IMPLEMENTATIONS: dict[str, Implementation] = {}  # for CUDA tensors, by operator; filled below
 
 
@@ -201,9 +201,9 @@ def _operator(schema: str, result: Implementation, launch: Callable[..., None]) 
         launch(*arguments, *([] if out is None else [out]))
         return out
 
-    OPERATORS.define(schema)
+    OPERATORS.define(schema)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"subspec::{name}", result, lib=OPERATORS)
-    OPERATORS.impl(name, run, "CUDA")
+    OPERATORS.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
     IMPLEMENTATIONS[name] = run
 
 

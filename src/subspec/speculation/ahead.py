@@ -115,7 +115,7 @@ class Ahead(Learner):
     ) -> None:
         super().__init__(policy, calibrations)
         self.shape, self.policy = shape, policy
-        candidates = min(CANDIDATES, vocabulary)
+        candidates = min(max(CANDIDATES, shape.width), vocabulary)
         width = min(shape.width, vocabulary)
         verified = min(shape.nodes, 1 + shape.depth * width)
         self.levels = Levels(Shape(shape.depth, width, verified, candidates, vocabulary), device)
@@ -149,6 +149,7 @@ class _Steps:
         self._root, self._base = text[-1], len(text) - 1
         self._most = 0  # levels that this step may use
         self._drafted = 0  # levels of the tree under way
+        self._planted = 0  # of these, levels that an earlier step drafted
         self._reach: list[Pending] = []  # of levels that nobody has looked at, oldest first
         self._frontier: list[float] = []  # of the newest level that was looked at, falling
         self._scores: list[float] = []  # of all nodes looked at, falling
@@ -358,7 +359,9 @@ class _Steps:
             torch.stack([one.scores for one in grown.guesses.values()])
         )
         of_node = dict(zip(grown.guesses, logs.tolist(), strict=True))
-        for likeliest, *_ in of_node.values():
+        for node, (likeliest, *_) in of_node.items():
+            if grown.tree.depths[node] < self._planted:
+                continue  # the step that drafted it has told already
             self._policy.passed(math.exp(likeliest) if likeliest > -math.inf else 0.0)
         for node, token in zip(walked.nodes, walked.tokens, strict=True):
             if node in grown.guesses:
@@ -383,11 +386,12 @@ class _Steps:
         self._tell_seen(walked.tokens)
         self._root, self._base = walked.tokens[-1], base
         self._noise = {position for position in self._noise if position > base}
-        self._drafted, self._reach = 0, []
+        self._drafted, self._planted, self._reach = 0, 0, []
         if planted is not None:
             packed = self._exchange.sent(planted.packed)
             self._passes.run(partial(self._levels.plant, packed), "plant")
-            self._drafted, self._scores, self._frontier = planted.levels, planted.scores, planted.frontier
+            self._drafted = self._planted = planted.levels
+            self._scores, self._frontier = planted.scores, planted.frontier
 
     def _entry(self, grown: Harvest, node: int) -> int:
         """The slot of a node's newest entry: exact if the sweep verified it, else the draft's."""
@@ -408,4 +412,5 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The first of each row's greatest logits, (T,) int64; as ``Sampler.choose`` takes it."""
     rows = logits.float()
     numbers = torch.arange(rows.shape[1], device=rows.device)
-    return torch.where(rows == rows.amax(dim=-1, keepdim=True), numbers, rows.shape[1]).amin(dim=-1)
+    greatest = torch.where(rows == rows.amax(dim=-1, keepdim=True), numbers, rows.shape[1])
+    return greatest.amin(dim=-1).clamp(max=rows.shape[1] - 1)  # a row of NaN has none

@@ -106,25 +106,46 @@ def seedling(grown: Harvest, top: int, shape: Shape, base: int) -> Seedling | No
     levels = max(tree.depths[node] for node in kept) - depth
     if levels == 0:
         return None
-    filled = [0] * (levels + 1)
-    token, parent = torch.zeros(shape.nodes, dtype=torch.int32), torch.zeros(shape.nodes, dtype=torch.int32)
-    score = torch.full((shape.nodes,), EMPTY)
-    path = torch.zeros((shape.nodes, shape.depth + 1), dtype=torch.int32)
-    places: dict[int, int] = {}
-    for node in kept:
+    places = _places(tree, kept, shape.width)
+    chances = [math.exp(tree.scores[node] - tree.scores[top]) for node in kept]
+    last = [chance for node, chance in zip(kept, chances, strict=True) if tree.depths[node] - depth == levels]
+    ordered = sorted(chances, reverse=True), sorted(last, reverse=True)
+    packed = torch.cat([torch.tensor([base, levels], dtype=torch.int32), *_tables(grown, places, shape)])
+    return Seedling(packed, levels, kept, list(places.values()), *ordered)
+
+
+def _places(tree: DraftTree, kept: list[int], width: int) -> dict[int, int]:
+    """Where each node of a subtree, its root first, lies in level layout."""
+    depth, filled = tree.depths[kept[0]], [0] * (max(tree.depths) + 1)
+    places = {kept[0]: 0}
+    for node in kept[1:]:
         level = tree.depths[node] - depth
-        place = 0 if level == 0 else 1 + (level - 1) * shape.width + filled[level]
+        places[node] = 1 + (level - 1) * width + filled[level]
         filled[level] += 1
-        places[node] = place
-        token[place], score[place] = tree.tokens[node], tree.scores[node] - tree.scores[top]
-        if level:
-            above = places[tree.parents[node]]
-            parent[place] = above
-            path[place] = path[above]
-            path[place, level] = place
-    numbers = torch.tensor([base, levels], dtype=torch.int32)
-    packed = torch.cat([numbers, token, parent, score.view(torch.int32), path.flatten()])
-    chances = {node: math.exp(tree.scores[node] - tree.scores[top]) for node in kept}
-    last = [chances[node] for node in kept if tree.depths[node] - depth == levels]
-    ordered = sorted(chances.values(), reverse=True), sorted(last, reverse=True)
-    return Seedling(packed, levels, kept, [places[node] for node in kept], *ordered)
+    return places
+
+
+def _tables(grown: Harvest, places: dict[int, int], shape: Shape) -> list[torch.Tensor]:
+    """A subtree's nodes as the device knows them, by place: flat int32 tables as ``Levels.plant`` reads."""
+    tree, kept, at = grown.tree, list(places), torch.tensor(list(places.values()))
+    top, depth = kept[0], tree.depths[kept[0]]
+    unknown = Guesses([0] * shape.candidates, torch.full((shape.candidates,), EMPTY))  # not forwarded yet
+    guesses = [grown.guesses.get(node, unknown) for node in kept]
+    paths = [[places[one] for one in tree.paths[node][depth:]] for node in kept]
+
+    def table(values: torch.Tensor, filler: float = 0) -> torch.Tensor:
+        found = torch.full((shape.nodes, *values.shape[1:]), filler, dtype=values.dtype)
+        found[at] = values
+        return found.view(torch.int32).flatten()
+
+    def numbers(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    return [
+        table(numbers([tree.tokens[node] for node in kept])),
+        table(numbers([0, *(places[tree.parents[node]] for node in kept[1:])])),
+        table(torch.tensor([tree.scores[node] - tree.scores[top] for node in kept]), EMPTY),
+        table(numbers([guess.tokens for guess in guesses])),
+        table(torch.stack([guess.scores for guess in guesses]), EMPTY),
+        table(numbers([path + [0] * (shape.depth + 1 - len(path)) for path in paths])),
+    ]

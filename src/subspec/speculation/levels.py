@@ -122,14 +122,16 @@ class Levels:
 
     def plant(self, seedling: torch.Tensor) -> None:
         """Start with a tree that the host put together: a ``harvest.seedling``, on the device."""
-        nodes, path = self.shape.nodes, self.shape.depth + 1
-        parts = torch.split(seedling, [1, 1, nodes, nodes, nodes, nodes * path])
+        nodes, guesses, paths = self.shape.nodes, self._guess.numel(), self._path.numel()
+        parts = torch.split(seedling, [1, 1, nodes, nodes, nodes, guesses, guesses, paths])
         self._base.copy_(parts[0])
         self._level.copy_(parts[1])
         self._token.copy_(parts[2])
         self._parent.copy_(parts[3])
         self._score.copy_(parts[4].view(torch.float32))
-        self._path.copy_(parts[5].view(nodes, path))
+        self._guess.copy_(parts[5].view_as(self._guess))
+        self._guess_score.copy_(parts[6].view(torch.float32).view_as(self._guess_score))
+        self._path.copy_(parts[7].view_as(self._path))
         torch.add(self._node, self._base, out=self._slot)
         self._describe(self.next, self._newest(), self._slot)
 

@@ -229,8 +229,8 @@ def rank(
     scaled = values.float() / params.divisor
     scores = scaled + noise(tokens)
     scores = torch.where(_kept(scaled, params), scores, -torch.inf)
-    best = scores.topk(min(count, scores.shape[-1]), dim=-1)
-    return tokens.gather(1, best.indices), best.values
+    best, order = torch.sort(scores, dim=-1, descending=True, stable=True)  # ties go to the likelier
+    return tokens.gather(1, order[:, :count]), best[:, :count]
 
 
 def _kept(rows: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -240,9 +240,8 @@ def _kept(rows: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         kept[:, params.top_k :] = False
     if params.top_p < 1.0:
         values = torch.where(kept, rows, -torch.inf).double()
-        shares = (values - torch.logsumexp(values, dim=-1, keepdim=True)).exp()
-        kept &= shares.cumsum(-1) - shares < params.top_p  # a token stays while those before hold less
-        kept[:, 0] = True
+        held = (values - torch.logsumexp(values, dim=-1, keepdim=True)).exp().cumsum(-1)
+        kept[:, 1:] &= held[:, :-1] < params.top_p  # a token stays while those before it hold less
     if params.min_p > 0.0:
         kept &= rows >= rows[:, :1] + float(np.log(params.min_p))
     return kept

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspec.kernels.triton.launch import Launch, block, dot
+from subspec.kernels.triton.launch import Launch, block, dot, rounded
 
 MAX_HEAD_DIM = 256
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
@@ -107,7 +107,7 @@ def attend_row(
         higher = tl.maximum(top, tl.max(scores, axis=1))
         fading, share = tl.exp2(top - higher), tl.exp2(scores - higher[:, None])
         weight = weight * fading + tl.sum(share, axis=1)
-        mixed = dot(share.to(values.dtype), values, mixed * fading[:, None])
+        mixed = dot(rounded(share, values.dtype), values, mixed * fading[:, None])
         top = higher
     mixed = mixed / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(mixed, out.dtype.element_ty), mask=inside)

@@ -44,7 +44,7 @@ class Launch:
 
 def block(size: int, least: int = 16) -> int:
     """The power of two that covers ``size``, at least ``least``."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @triton.jit
@@ -56,6 +56,15 @@ def dot(a, b, total):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Numbers in fp32 rounded to a dtype, to nearest even: the interpreter itself would cut bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))  # decided by TRITON_INTERPRET

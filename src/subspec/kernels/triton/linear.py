@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspec.kernels.triton.launch import Launch, dot
+from subspec.kernels.triton.launch import Launch, dot, rounded
 
 ROW_TILE = tl.constexpr(16)
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
@@ -58,4 +58,4 @@ def store_rounded(total, bias, out, row, output, rows, n):
         total += tl.load(bias + output, mask=output < n, other=0.0).to(tl.float32)[None, :]
     at = out + row.to(tl.int64)[:, None] * n + output[None, :]
     inside = (row < rows)[:, None] & (output < n)[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(at, rounded(total, out.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspec.kernels.triton.launch import Launch, dot
+from subspec.kernels.triton.launch import Launch, dot, rounded
 from subspec.kernels.triton.linear import ROW_TILE, store_rounded
 from subspec.kernels.triton.residual import GROUP, TILE_ROWS
 
@@ -19,8 +19,8 @@ _GROUPS = 4  # a step: with three stages, enough bytes on the way even for a few
 _LINES = tl.constexpr(8)
 TILE_WORDS = tl.constexpr(144)  # of 4 bytes
 TILE_HALVES = tl.constexpr(288)  # of 2 bytes
-_SCALE_HALVES = tl.constexpr(256)  # where a tile's scales and mids start
-_MID_HALVES = tl.constexpr(272)
+SCALE_HALVES = tl.constexpr(256)  # where a tile's scales and mids start
+MID_HALVES = tl.constexpr(272)
 
 
 def lowbit_linear(x: Tensor, tiles: Tensor, n: int, k: int, bias: Tensor | None, out: Tensor) -> Launch:
@@ -74,8 +74,8 @@ def _values(words, halves, first, start, groups, step: tl.constexpr):
     inside = tile < groups
     packed = tl.load(words + place * TILE_WORDS + line % _LINES * TILE_ROWS + row, mask=inside, other=0)
     ends = halves + place * TILE_HALVES + row
-    scale = tl.load(ends + _SCALE_HALVES, mask=inside, other=0.0).to(tl.float32)  # (16, lines)
-    mid = tl.load(ends + _MID_HALVES, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(ends + SCALE_HALVES, mask=inside, other=0.0).to(tl.float32)  # (16, lines)
+    mid = tl.load(ends + MID_HALVES, mask=inside, other=0.0).to(tl.float32)
     # A word has the codes of columns 8 t + j in its bytes' low nibbles, of 8 t + 4 + j in the high ones.
     column = tl.arange(0, 8)
     shift = (column & 3) * 8 + (column >> 2) * 4
@@ -83,4 +83,4 @@ def _values(words, halves, first, start, groups, step: tl.constexpr):
     # 2^23 + code, by its bits: cheaper than a conversion, and exact.
     signed = (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
     value = signed * scale[:, :, None] + mid[:, :, None]
-    return tl.reshape(value.to(tl.bfloat16), (TILE_ROWS, step * GROUP))
+    return tl.reshape(rounded(value, tl.bfloat16), (TILE_ROWS, step * GROUP))

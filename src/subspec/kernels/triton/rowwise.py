@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subspec.kernels.triton.launch import Launch, block
+from subspec.kernels.triton.launch import Launch, block, rounded
 
 _STRICT = {"enable_fp_fusion": False}
 _SILU_BLOCK = 1024
@@ -97,8 +97,8 @@ def rotate_and_store(
     )  # fmt: skip
 
 
-# Where rows start may be a multiple of 16 bytes in one call and not in the next, and what the compiler knows of
-# it decides which thread sums what: so it is told nothing.
+# Where rows start may be a multiple of 16 bytes in one call and not in the next, and what the compiler knows
+# of it decides which thread sums what: so it is told nothing.
 @triton.jit(do_not_specialize_on_alignment=["x", "out"])
 def rms_norm_row(x, weight, out, eps, width: tl.constexpr, width_block: tl.constexpr):
     """One row; program (row,)."""
@@ -107,7 +107,7 @@ def rms_norm_row(x, weight, out, eps, width: tl.constexpr, width_block: tl.const
     wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    tl.store(out + at, (wide * scale * gain).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(wide * scale * gain, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def silu_mul_part(gate_up, out, width, part: tl.constexpr):
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
     product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + column, rounded(product, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -174,8 +174,8 @@ def _rotate(first, second, cosine, sine, norm, eps, target, column, half: tl.con
         scale = tl.rsqrt(tl.sum(x * x + y * y, axis=0) / (2 * half) + eps)
         low = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(norm + half + column, mask=inside, other=0.0).to(tl.float32)
-        x = (x * scale * low).to(first.dtype).to(tl.float32)
-        y = (y * scale * high).to(first.dtype).to(tl.float32)
+        x = rounded(x * scale * low, first.dtype).to(tl.float32)
+        y = rounded(y * scale * high, first.dtype).to(tl.float32)
     dtype: tl.constexpr = target.dtype.element_ty
-    tl.store(target, (x * cosine - y * sine).to(dtype), mask=inside)
-    tl.store(target + half, (y * cosine + x * sine).to(dtype), mask=inside)
+    tl.store(target, rounded(x * cosine - y * sine, dtype), mask=inside)
+    tl.store(target + half, rounded(y * cosine + x * sine, dtype), mask=inside)

@@ -85,10 +85,9 @@ class SimulatedBackend:
 
     def __init__(self, seed: int) -> None:
         self._random = random = Random(seed)
-        self._ahead = random.choice(
-            (0.0, 0.2, 0.5, 0.9, 1.0)
-        )  # chance of each further step in a call; 1: all
         self._late = random.random() < 0.25  # run only what a wait needs
+        ahead = random.choice((0.0, 0.2, 0.5, 0.9, 1.0))
+        self._ahead = 0.0 if self._late else ahead  # chance of each further step in a call
         self._strict = random.choice((0.0, 0.9, 1.0))  # chance that rank decides
         self._streams: list[_Stream] = []
         self._running: list[_Stream] = []  # whose operation is under way, innermost last
@@ -234,8 +233,6 @@ class SimulatedBackend:
         """
         for running in self._running[-1:]:
             assert running.host, f"work on {running.name} calls the backend"
-        if self._late:
-            return
         while self._random.random() < self._ahead and (runnable := self._runnable()):
             self._run(self._choose(runnable))
 

@@ -25,6 +25,7 @@ pytestmark = [
 DEVICE = "cuda"
 PROMPT = [5, 9, 17, 30, 12, 44, 7]
 CONTEXT, RAM = 320, 256 * MIB
+CUBLAS_BYTES = 40 * MIB  # its largest workspace and some
 TREE = {"depth": 6, "width": 3, "nodes": 16}
 LONG = SamplingParams(200, ignore_eos=True)
 SAMPLINGS = [
@@ -134,6 +135,13 @@ def test_one_blocking_read_a_step(store: Path) -> None:
         assert exchange.blocking_reads - before <= statistics.steps + 2  # and the prefill's
 
 
+def allocated_bytes() -> int:
+    """Of the device, by tensors that live; cuBLAS keeps a workspace a stream, which is not theirs."""
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 def resident_bytes() -> int:
     """Of this process, in RAM."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -154,25 +162,22 @@ def test_memory_stays_flat(store: Path, mode: str) -> None:
         assert host[-1] - host[0] < 4 * MIB
 
 
-def test_memory_is_within_the_budget(store: Path) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+def test_memory_is_within_the_budget(large: Path) -> None:
+    allocated_bytes()
+    before, vram = torch.cuda.memory_allocated(), little_vram(large)
     torch.cuda.reset_peak_memory_stats()
-    vram = little_vram(store)
-    with opened(store, vram) as llm:
+    with opened(large, vram) as llm:
         llm.generate(PROMPT, SAMPLINGS[0])
-        assert torch.cuda.max_memory_allocated() - before <= vram
+        assert torch.cuda.max_memory_allocated() - before <= vram + CUBLAS_BYTES
 
 
-def test_close_gives_everything_back(store: Path) -> None:
-    before = torch.cuda.memory_allocated()
+def test_close_gives_everything_back(large: Path) -> None:
+    before = allocated_bytes()
     for _ in range(2):
-        with opened(store, little_vram(store)) as llm:
+        with opened(large, little_vram(large)) as llm:
             llm.generate(PROMPT, SAMPLINGS[0])
         del llm
-        torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() - before < MIB
+        assert allocated_bytes() - before < MIB
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3"])

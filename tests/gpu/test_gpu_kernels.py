@@ -4,6 +4,7 @@ The interpreter checks the same in unit tests: here it is the compiled code, on 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def on_device(*values: Tensor | None) -> list[Tensor | None]:
-    return [None if value is None else value.cuda() for value in values]
+def called(operation: Callable[..., Tensor], *values: Any) -> Tensor:
+    """The operation's result, its tensors moved to the device."""
+    return operation(*[value.cuda() if isinstance(value, Tensor) else value for value in values])
 
 
 def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -114,7 +116,7 @@ def test_rotation(dtype: torch.dtype, normed: bool) -> None:
     gains = [normal(dim, dtype=dtype, seed=seed) if normed else None for seed in (3, 4)]
     first = qkv, angles.cos(), angles.sin(), positions, slots
     near_caches = [cache.cuda() for cache in caches]
-    got = device.rotate_and_store(*on_device(*first), *near_caches, heads, *on_device(*gains), 1e-6)
+    got = called(device.rotate_and_store, *first, *near_caches, heads, *gains, 1e-6)
     wanted = rotate_and_store_reference(*first, caches[0], caches[1], heads, gains[0], gains[1], 1e-6)
     for here, there in zip([got, *near_caches], [wanted, *caches], strict=True):
         assert_near(here, there, dtype)
@@ -133,11 +135,11 @@ def test_attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> N
     ).int()
     paths += 600
     values = q, k, v, prefix, paths, lengths
-    got = device.attend(*on_device(*values), dim**-0.5)
+    got = called(device.attend, *values, dim**-0.5)
     assert_near(got, attend_reference(*values, dim**-0.5), dtype)
     for row in range(rows):
-        part = [value[row : row + 1].cuda() for value in (prefix, paths, lengths)]
-        alone = device.attend(q[row : row + 1].cuda(), k.cuda(), v.cuda(), *part, dim**-0.5)
+        part = [value[row : row + 1] for value in (prefix, paths, lengths)]
+        alone = called(device.attend, q[row : row + 1], k, v, *part, dim**-0.5)
         assert torch.equal(alone[0], got[row])
 
 
