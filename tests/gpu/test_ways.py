@@ -41,4 +41,3 @@ def test_a_model_drafts_in_torchs_form(tmp_path: Path, monkeypatch: pytest.Monke
         llm.reset()
         drafted = llm.generate([5, 9, 17, 30], params)
     assert drafted.token_ids == plain.token_ids
-    assert drafted.statistics.acceptance_length > 1.2
