@@ -4,6 +4,7 @@ Substitutes and resident units lie in *near* memory, where the products are comp
 of further units rest in pinned host memory, and the others stay on disk.  Knows nothing of sweeps or drafts.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from subspec.planning.plan import Plan
 from subspec.store.exact import chunk_matrices, exact_bytes, load_chunk, load_layer, rebuild
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
 from subspec.store.reader import Store
+from subspec.substitute.choice import Choice, Shape, choose_on
 from subspec.substitute.exact import UnitProducts
 from subspec.substitute.images import plain_matrices, starts
 from subspec.substitute.layout import Placed, tile_bytes
@@ -83,6 +85,7 @@ class Weights:
         layers, head: the exact units, in order.
         draft_layers: each layer's four substitutes: qkv, o, gate and up, down; ``draft_head``: the head's.
         product: how the target multiplies.
+        draft_choice: how the draft multiplies, and why not otherwise, on a CUDA device; elsewhere None.
     """
 
     def __init__(
@@ -102,12 +105,20 @@ class Weights:
         self._scratch_image = slots[0] if slots and host is None else None
         self.product = self._choose_product(slots)
         self._products = UnitProducts(self.product, store.dtype, self._scratch())
+        self.draft_choice = self._choose_draft_product()
         tiles, self.draft_layers = self._load_substitutes()
         self.draft_head = self._load_draft_head()
         resident = self._load_resident(tiles)
         self.layers = [self._layer_unit(index, part, resident) for index, part in enumerate(tiles)]
         self.head = [self._head_unit(index, resident) for index in range(len(self._chunks))]
         self._images = self._load_images()
+
+    @property
+    def draft_product(self) -> str:
+        """How the draft multiplies: the device's way, or ``native`` or ``torch`` on the CPU."""
+        if self.draft_choice is not None:
+            return self.draft_choice.way.name
+        return "native" if self.draft_head.native else "torch"
 
     def streamed(self) -> list[Unit]:
         """What a sweep streams, in order."""
@@ -192,6 +203,25 @@ class Weights:
         largest = max(shape.n * shape.k for shape in shapes) * self._store.dtype.itemsize
         return place_bytes(largest, self._near.device)
 
+    def _choose_draft_product(self) -> Choice | None:
+        """The start-up choice on a CUDA device, while most of its memory is still free.
+
+        Tiles may be replaced where exact weights are not rebuilt from them.  The head is tried by its chunks.
+        """
+        if self._near.device.type != "cuda":
+            return None
+        config, raw = self._store.config, self._store.manifest.codec == "raw"
+        chunks = Counter(chunk.stop - chunk.start for chunk in self._chunks)
+        shapes = [Shape(matrix.n, matrix.k, config.layers) for matrix in self._matrices]
+        shapes += [Shape(rows, config.hidden_size, count) for rows, count in chunks.items()]
+        return choose_on(self._near.device, shapes, self._store.dtype, tiles_kept=not raw)
+
+    def _packed(self, layer: SubstituteLinear) -> SubstituteLinear:
+        """The layer, multiplying the chosen way."""
+        if self.draft_choice is not None:
+            layer.pack(self.draft_choice.way, self._store.dtype)
+        return layer
+
     # --- loading ---
 
     def _load_substitutes(self) -> tuple[list[torch.Tensor], list[list[SubstituteLinear]]]:
@@ -203,7 +233,7 @@ class Weights:
         self._load_all("loading substitutes", list(zip(names, memory, strict=True)))
         products = [
             [
-                SubstituteLinear(matrix.own_tiles(tiles), matrix.n, matrix.k, bias)
+                self._packed(SubstituteLinear(matrix.own_tiles(tiles), matrix.n, matrix.k, bias))
                 for matrix, bias in zip(self._matrices, self._biases(index), strict=True)
             ]
             for index, tiles in enumerate(memory)
@@ -219,7 +249,8 @@ class Weights:
             scratch = map_bytes(page_aligned(size))
             self._store.load(head_file(index, "substitute"), scratch)
             tiles[offset : offset + size].copy_(scratch[:size])
-        return SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
+        head = SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
+        return self._packed(head)
 
     def _load_resident(self, tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Read the images that stay, and rebuild those that stay as plain weights; by name."""

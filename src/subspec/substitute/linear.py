@@ -2,9 +2,10 @@
 
 The draft's linear layers: the decoder asks for ``x @ W.T + bias`` and gets it from the 4-bit tiles, without a
 second copy of the weights.  With a native library the product is W4A8 (``substitute_linear_reference`` says
-exactly what that is); without one the tiles are dequantized a few rows at a time and multiplied by torch; a
-CUDA device has a kernel that does the same.  The two differ by the rounding of activations to 8 bits, about
-0.6 % of a result, which a draft can bear.  The target never comes here.
+exactly what that is); without one the tiles are dequantized a few rows at a time and multiplied by torch;
+a CUDA device has kernels that do the same (``device_products``), or may take another way (``choice``).
+The two differ by the rounding of activations to 8 bits, about 0.6 % of a result, which a draft can bear.
+The target never comes here.
 
 Knows nothing of how codes were chosen, where the tiles' memory comes from, or which layer this is.
 """
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspec.kernels import device
 from subspec.kernels.lowbit import lowbit_kernels
+from subspec.substitute.device_products import Tiles, Way
 from subspec.substitute.layout import (
     GROUP,
     TILE_ROWS,
@@ -111,6 +112,15 @@ class SubstituteLinear:
         self._address = 0 if self._kernels is None else tiles.data_ptr()
         self.native_bias = None if bias is None else bias.float().contiguous()
         self.native = self._kernels is not None
+        self._device_product = Tiles().pack(tiles, n, k) if tiles.device.type == "cuda" else None
+
+    def pack(self, way: Way, dtype: torch.dtype) -> None:
+        """On a device: from now on, multiply another way, in ``dtype``.
+
+        The way may put its form of the weight into the tiles' memory: nothing else may need them any more.
+        """
+        assert self.tiles.device.type == "cuda"
+        self._device_product = way.pack(self.tiles, self.n, self.k, dtype)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply.
@@ -124,8 +134,9 @@ class SubstituteLinear:
         """
         if out is None:
             out = torch.empty(x.shape[0], self.n, dtype=x.dtype, device=x.device)
-        if self.tiles.device.type == "cuda":
-            return out.copy_(device.lowbit_linear(x, self.tiles, self.n, self.k, self.bias))
+        if self._device_product is not None:
+            self._device_product(x, self.bias, out)
+            return out
         if self._kernels is None:
             return self._chunked(x, out)
         self._kernels.product(
