@@ -4,8 +4,8 @@ A kernel's module describes a launch from its arguments; ``kernels.device_operat
 compile the very same description for devices that are not here.
 
 Triton compiles a kernel anew for arguments that differ in what it specializes on.  So whatever may differ
-from call to call, numbers of rows and where indices start, is excepted: once a kernel ran for a model's sizes,
-it is compiled for all calls, and may be captured in a graph.  Knows nothing of what kernels compute.
+from call to call, numbers of rows and where indices start, is excepted: once a kernel ran for a model's
+sizes, it is compiled for all calls, and may be captured in a graph.  Knows nothing of what kernels compute.
 """
 
 from collections.abc import Mapping
