@@ -3,12 +3,14 @@
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from budgets import least_budget
+from budgets import PLENTY, least_budget, least_device_budgets
+from device_subjects import little_staging
 from tiny import write_tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -50,36 +52,52 @@ def add_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(directory)  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture(scope="module", params=["qwen2-bf16", "qwen3-fp32"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family, dtype = request.param.split("-")
-    place = tmp_path_factory.mktemp(request.param)
+@dataclass(frozen=True)
+class Place:
+    """A store, and what computes: ``cpu``, or ``emulated``, a device with little RAM and a disk behind it."""
+
+    store: Path
+    device: str
+
+    def open(self, memory: str | int | None = None, **options: int) -> LLM:
+        """A model; without a budget all is resident on a CPU, and all streams on a device."""
+        settings = {"context": 160, "depth": 5, "width": 3, "nodes": 12} | options
+        if self.device == "cpu":
+            return LLM(self.store, memory or "64MiB", **settings)  # type: ignore[arg-type]
+        wishes = {name.replace("prefill_chunk", "prefill_rows"): value for name, value in settings.items()}
+        with little_staging():
+            vram, ram, unit = least_device_budgets(self.store, **wishes)
+            budgets = {"vram": memory or vram, "ram": ram + unit, "device": self.device}
+            return LLM(self.store, **budgets, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=["qwen2-bf16-cpu", "qwen3-fp32-cpu", "qwen2-bf16-emulated"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    family, dtype, device = request.param.split("-")
+    directory = tmp_path_factory.mktemp(request.param)
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    write_tiny(place / "model", family, torch_dtype, seed=2, **SHAPE)
-    add_tokenizer(place / "model")
-    with LLM(place / "model", "64MiB", store=place / "store", context=32):
-        return place / "store"
-
-
-def open_store(store: Path, memory: str | int = "64MiB", **options: int) -> LLM:
-    settings = {"context": 160, "depth": 5, "width": 3, "nodes": 12} | options
-    return LLM(store, memory, **settings)  # type: ignore[arg-type]
+    write_tiny(directory / "model", family, torch_dtype, seed=2, **SHAPE)
+    add_tokenizer(directory / "model")
+    with LLM(directory / "model", "64MiB", store=directory / "store", context=32):
+        return Place(directory / "store", device)
 
 
 @pytest.fixture(scope="module")
-def llm(store: Path) -> Iterator[LLM]:
-    with open_store(store) as opened:
+def llm(place: Place) -> Iterator[LLM]:
+    with place.open() as opened:
+        assert (opened.plan.streamed_bytes > 0) == (place.device == "emulated")
         yield opened
 
 
 @pytest.fixture(scope="module")
-def plain(llm: LLM) -> dict[str, list[int]]:
-    """Plain texts after a prompt of 70 tokens."""
+def plain(place: Place) -> dict[str, list[int]]:
+    """Plain texts after a prompt of 70 tokens, on a CPU."""
     texts = {}
-    for name, params in SAMPLINGS.items():
-        llm.reset()
-        texts[name] = llm.generate(random_prompt(70), params, mode="plain").token_ids
-        assert len(set(texts[name])) >= 20
+    with Place(place.store, "cpu").open() as llm:
+        for name, params in SAMPLINGS.items():
+            llm.reset()
+            texts[name] = llm.generate(random_prompt(70), params, mode="plain").token_ids
+            assert len(set(texts[name])) >= 20
     return texts
 
 
@@ -87,20 +105,20 @@ def plain(llm: LLM) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["plain", "speculative"])
-def test_the_same_text_for_every_budget(
-    store: Path, llm: LLM, plain: dict[str, list[int]], mode: str
-) -> None:
-    least, _ = least_budget(store, context=160, depth=5, width=3, nodes=12)
-    needed, streamed = llm.plan.held_bytes, []
+def test_the_same_text_for_every_budget(place: Place, plain: dict[str, list[int]], mode: str) -> None:
+    behind = {"host_bytes": PLENTY} if place.device == "emulated" else {}
+    least, _ = least_budget(place.store, context=160, depth=5, width=3, nodes=12, **behind)
+    with place.open("64MiB") as llm:
+        needed, images = llm.plan.held_bytes, stored_images(llm.engine.store)
+    streamed = []
     for budget in (least, *range(least + 20_000, needed, (needed - least) // 4), needed):
-        with open_store(store, budget) as other:
+        with place.open(budget) as other:
             streamed.append(other.plan.streamed_bytes)
             for name, params in SAMPLINGS.items():
                 other.reset()
                 found = other.generate(random_prompt(70), params, mode=mode)
                 assert found.token_ids == plain[name], (budget, name)
                 assert (found.statistics.streamed_bytes > 0) == (streamed[-1] > 0)
-    images = stored_images(llm.engine.store)
     whole = sum(images.layers) + sum(images.chunks)
     assert streamed[0] == whole, "the least budget must stream everything"
     assert streamed[-1] == 0
@@ -111,17 +129,17 @@ def test_the_same_text_for_every_budget(
     ("depth", "width", "nodes"), [(1, 1, 2), (1, 8, 9), (9, 1, 10), (6, 4, 25), (6, 4, 5), (7, 2, 3)]
 )
 def test_the_same_text_for_every_tree(
-    store: Path, plain: dict[str, list[int]], depth: int, width: int, nodes: int
+    place: Place, plain: dict[str, list[int]], depth: int, width: int, nodes: int
 ) -> None:
-    with open_store(store, depth=depth, width=width, nodes=nodes) as other:
+    with place.open(depth=depth, width=width, nodes=nodes) as other:
         for name, params in SAMPLINGS.items():
             other.reset()
             assert other.generate(random_prompt(70), params).token_ids == plain[name]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
-def test_the_same_text_for_every_prefill_chunk(store: Path, plain: dict[str, list[int]], chunk: int) -> None:
-    with open_store(store, prefill_chunk=chunk) as other:
+def test_the_same_text_for_every_prefill_chunk(place: Place, plain: dict[str, list[int]], chunk: int) -> None:
+    with place.open(prefill_chunk=chunk) as other:
         for name, params in SAMPLINGS.items():
             other.reset()
             assert other.generate(random_prompt(70), params).token_ids == plain[name]
@@ -186,9 +204,9 @@ def test_max_new_tokens_cuts_anywhere(llm: LLM, plain: dict[str, list[int]], sam
 
 
 @pytest.mark.parametrize("mode", ["plain", "speculative"])
-def test_a_full_context(store: Path, plain: dict[str, list[int]], mode: str) -> None:
+def test_a_full_context(place: Place, plain: dict[str, list[int]], mode: str) -> None:
     for context in (71, 72, 75, 83):
-        with open_store(store, context=context) as other:
+        with place.open(context=context) as other:
             found = other.generate(random_prompt(70), SAMPLINGS["greedy"], mode=mode)
             assert (found.token_ids, found.finish_reason) == (plain["greedy"][: context - 70], "context")
             assert (
