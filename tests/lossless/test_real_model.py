@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from budgets import least_device_budgets
 
 from subspec import LLM, SamplingParams
 
@@ -91,3 +92,32 @@ def test_the_same_text_under_a_smaller_budget(
     found = small_model.generate(PROMPTS[index], params)
     assert found.token_ids == expected
     assert found.statistics.streamed_bytes > 0
+
+
+@pytest.fixture(scope="module")
+def device_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
+    """Behind a device: nothing resident, half of what streams in RAM, half on disk."""
+    vram, ram, _ = least_device_budgets(demo_store, context=512)
+    streamed = model.plan.parts["resident"]
+    with LLM(demo_store, vram=vram, ram=ram + streamed // 4, device="emulated", context=512) as llm:
+        assert 0 < llm.plan.disk_bytes < llm.plan.streamed_bytes
+        yield llm
+
+
+@pytest.mark.parametrize(("index", "temperature"), [(0, 0.8), (0, None), (5, 0.8), (5, None)])
+def test_the_same_text_behind_a_device(
+    model: LLM,
+    device_model: LLM,
+    plain_texts: dict[tuple[int, float | None], list[int]],
+    index: int,
+    temperature: float | None,
+) -> None:
+    params = params_of(index, temperature)
+    expected = (
+        plain_texts.get((index, temperature))
+        or model.generate(PROMPTS[index], params, mode="plain").token_ids
+    )
+    found = device_model.generate(PROMPTS[index], params)
+    assert found.token_ids == expected
+    assert found.statistics.streamed_bytes > 0
+    assert found.statistics.acceptance_length > 2

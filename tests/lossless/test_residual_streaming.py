@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from budgets import least_budget
+from budgets import PLENTY, least_budget, least_device_budgets
+from device_subjects import little_staging
 from tiny import write_tiny
 
 from subspec import LLM, SamplingParams
@@ -80,6 +81,21 @@ def test_the_text_is_that_of_raw_weights(
     assert any(streamed for streamed, _, _ in forms)
     assert any(not streamed and plain for streamed, plain, _ in forms)
     assert any(plain < resident for _, plain, resident in forms) or costs == "rebuilding is dear"
+
+
+@pytest.mark.parametrize("stream", ["raw", "residual"])
+def test_the_text_behind_a_device_is_the_same(
+    stores: dict[str, Path], expected: list[list[int]], stream: str
+) -> None:
+    found = set()
+    with little_staging():
+        vram, ram, unit = least_device_budgets(stores[stream], context=96, prefill_rows=5)
+        for budgets in ((vram, ram), (vram, PLENTY), (vram + 2 * unit, ram + unit), (PLENTY, PLENTY)):
+            sizes = dict(zip(("vram", "ram"), budgets, strict=True))
+            with LLM(stores[stream], **sizes, device="emulated", context=96, prefill_chunk=5) as llm:
+                assert texts(llm) == expected, llm.plan.explain()
+                found.add((llm.plan.streamed_bytes > 0, llm.plan.disk_bytes > 0, llm.plan.adaptive))
+    assert found == {(True, True, True), (True, False, True), (False, False, True)}
 
 
 @pytest.mark.parametrize("stream", ["raw", "residual"])
