@@ -216,7 +216,9 @@ class LLM:
             "plain_layers": len(self.plan.plain_layers),
             "store_version": manifest.version,
             "codec": manifest.codec,
+            "device": self.device,
             "product": self.engine.weights.product.name,
+            "draft_product": self.engine.weights.draft_product,
             "direct_reads": self.engine.store.direct,
             "hazard_checks": self.engine.checker is not None,
         }
@@ -255,7 +257,7 @@ class LLM:
 def _explained(commits: Iterator[Commit], engine: Engine) -> Iterator[Commit]:
     """The commits; a device that runs out of memory meanwhile is explained."""
     while True:
-        with exhausted(engine.budget):
+        with exhausted(engine.places.budget):
             commit = next(commits, None)
         if commit is None:
             return
