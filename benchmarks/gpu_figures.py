@@ -10,7 +10,6 @@ cache.  A kernel that fails leaves its error in its place.
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subspec.bench.device import link_speeds, seconds
+
 ROWS = (1, 2, 4, 8, 16)
 SHAPES = ((17920, 1536), (1536, 8960), (8192, 4096))  # (N, K)
-LINK_BYTES = (4 << 20, 16 << 20, 64 << 20)
 COLD_BYTES = 256 << 20  # more than any cache
-REPEATS = 20
 Product = Callable[[Tensor, int], object]  # of rows (T, K), at the given number of its call
 NVIDIA_SMI = "name,driver_version,pcie.link.gen.max,pcie.link.width.max,pcie.link.gen.current,power.limit"
 
@@ -65,45 +64,6 @@ def _asked(command: list[str]) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def seconds(work: Callable[[int], object], repeats: int = REPEATS) -> float:
-    """Median seconds of ``work``, which is told the number of its call."""
-    times = []
-    for number in range(repeats + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work(number)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[3:])
-
-
-def link_speeds() -> list[dict[str, Any]]:
-    """Bytes/s of copies of each size: pinned each way, pageable up, and on the device."""
-    found = []
-    for size in LINK_BYTES:
-        near, other = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-        pinned, plain = (
-            torch.empty(size, dtype=torch.uint8, pin_memory=True),
-            torch.ones(size, dtype=torch.uint8),
-        )
-        ways = {
-            "h2d": (near, pinned, True),
-            "d2h": (pinned, near, True),
-            "h2d_pageable": (near, plain, False),
-            "d2d": (other, near, True),
-        }
-        for way, (target, source, free) in ways.items():
-            took = seconds(partial(_copy, target, source, free))
-            found.append({"way": way, "bytes": size, "bytes_per_s": size / took})
-    return found
-
-
-def _copy(target: Tensor, source: Tensor, free: bool, number: int) -> None:  # noqa: ARG001
-    """One copy, blocking or not."""
-    target.copy_(source, non_blocking=free)
 
 
 def _cold(weight: Tensor) -> list[Tensor]:

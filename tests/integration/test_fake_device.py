@@ -15,8 +15,7 @@ import torch
 from fake_cuda import FakeCuda, HiddenSyncError
 from tiny import write_tiny
 
-from subspec import engine as engine_module
-from subspec.engine import Engine, weights
+from subspec.engine import Engine, places, weights
 from subspec.memory.exchange import Exchange, Pending
 from subspec.memory.streamer import Streamer
 from subspec.models.linear import ExactProduct
@@ -76,7 +75,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (parts, planning):
         monkeypatch.setattr(module, "STAGING_BYTES", STAGING)
-    monkeypatch.setattr(engine_module, "CudaRegistrar", NoRegistrar)
+    monkeypatch.setattr(places, "CudaRegistrar", NoRegistrar)
 
 
 def plan_of(store: Path, placement: str, **wishes: int) -> Plan:

@@ -321,9 +321,9 @@ def test_the_plan_is_what_is_held(
     monkeypatch.setattr(llm_module, "measure_costs", lambda _: SweepCosts())  # keep as many as fit
     memory = 1 << 30 if resident is None else streaming_budget(store, resident)
     with LLM(store, memory, context=CONTEXT) as llm:
-        held, parts = llm.engine.budget.held, llm.plan.parts
+        held, parts = llm.engine.places.budget.held, llm.plan.parts
         assert held == {name: size for name, size in parts.items() if size}
-        assert llm.engine.budget.held_bytes == llm.plan.held_bytes <= memory
+        assert llm.engine.places.budget.held_bytes == llm.plan.held_bytes <= memory
         assert sum(mapped) == llm.plan.held_bytes - parts["workspace"] - parts["norms_biases"]
         small = sum(tensor.nbytes for tensor in llm.engine._small.values())
         assert small <= parts["norms_biases"]

@@ -102,8 +102,11 @@ def test_both_tiers_hold_what_the_plan_says(
     monkeypatch.setattr(arena, "place_bytes", counted)
     with open_placed(subject, placement) as llm:
         plan, engine = llm.plan, llm.engine
-        assert engine.host_budget is not None
-        for budget, planned in ((engine.budget, plan.parts), (engine.host_budget, plan.host_parts)):
+        assert engine.places.host_budget is not None
+        for budget, planned in (
+            (engine.places.budget, plan.parts),
+            (engine.places.host_budget, plan.host_parts),
+        ):
             held = {name: size for name, size in budget.held.items() if size}
             assert held == {name: size for name, size in planned.items() if size}
             assert budget.held_bytes == sum(planned.values()) <= budget.total_bytes

@@ -118,7 +118,7 @@ def test_compiles(architecture: int) -> None:
         return torch.empty(*shape, dtype=torch.int32, device="meta")
 
     for kind in kinds(architecture):
-        for dim in (64, 80, 128, 256) if kind == "bf16" else (64, 128):
+        for dim in (64, 128, 256) if kind == "bf16" else (64, 128):  # 80 and 96 are as 128
             q, k = (torch.empty(s, dtype=DTYPES[kind], device="meta") for s in ((5, 8, dim), (2, 99, dim)))
             launch = attention.attend(q, k, k, places(5), places(5, 8), places(5), 0.1, q)
             compile_for(launch, architecture)

@@ -106,6 +106,15 @@ def test_rotation_without_gains_is_exact(outcomes: Outcomes, kind: str) -> None:
         assert same_bits(outcomes[name][1 + i].contiguous(), written[i].contiguous())
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_norms_are_rounded_before_rotation(outcomes: Outcomes, kind: str) -> None:
+    """As the reference's are: only where a norm's sum has another last bit may a number differ."""
+    name = f"rotary, 17 rows, 128, True, {kind}"
+    arguments: Any = [part.clone() if isinstance(part, Tensor) else part for part in CASES[name][1:]]
+    wanted = rotate_and_store_reference(*arguments)
+    assert (outcomes[name][0] == wanted).float().mean() > 0.98
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_row_is_its_own(outcomes: Outcomes, name: str) -> None:
     whole, order, one = outcomes[name], outcomes[f"{name}, order"], outcomes[f"{name}, one"]

@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def doctor(store: Store = None, as_json: Json = False) -> None:
-    """Examine the machine: versions, processor, kernels, disk, memory and its limits, free space."""
+    """Examine the machine: versions, processor, GPU, kernels, disk, memory and its limits, free space."""
     from subspec.memory.disk import cache_directory
 
     with TerminalProgress() as progress:
@@ -55,6 +55,7 @@ def examine(store: Path, progress: TerminalProgress) -> dict[str, Any]:
     import torch
 
     from subspec.bench import machine
+    from subspec.bench.device import examine_device
     from subspec.kernels.native import cpu_features, kernels
     from subspec.memory import hazards
     from subspec.memory.tiers import memory_limits
@@ -70,6 +71,7 @@ def examine(store: Path, progress: TerminalProgress) -> dict[str, Any]:
         },
         "kernels": {"level": found.level, "missing": found.missing},
         "exact_product": _exact_products(progress),
+        "gpu": examine_device(_SHAPES),
         "hazard_checks": hazards.wanted(),
         "memory": memory_limits(),
         "disk": _disk(store, progress),
@@ -142,6 +144,7 @@ def _print(findings: dict[str, Any]) -> None:
         "features": " ".join(cpu["features"]) or "none of interest",
         "kernels": findings["kernels"]["level"],
         "products": ", ".join(f"{dtype}: {way}" for dtype, way in findings["exact_product"].items()),
+        "gpu": _gpu(findings["gpu"]),
         "hazards": "checked in every run" if findings["hazard_checks"] else "not checked",
         "memory": f"{size(memory['total_bytes'])}, {size(memory['available_bytes'])} available",
         "group limit": size(memory["cgroup_limit_bytes"]),
@@ -153,6 +156,19 @@ def _print(findings: dict[str, Any]) -> None:
         print(f"{name:<13} {text}")
     for warning in findings["warnings"]:
         print(f"{'warning':<13} {warning}")
+
+
+def _gpu(found: dict[str, Any]) -> str:
+    """The CUDA device in a line."""
+    if found["device"] is None:
+        return f"none: {found['why_none']}"
+    if not found["usable"]:
+        return f"{found['device']}: too old for the kernels"
+    best = {
+        way: max(one["bytes_per_s"] for one in found["link"] if one["way"] == way) for way in ("h2d", "d2h")
+    }
+    speeds = f"{best['h2d'] / 1e9:.1f} GB/s to it, {best['d2h'] / 1e9:.1f} from it"
+    return f"{found['device']}; {speeds}; draft products: {found['draft_product']['name']}"
 
 
 def _disk(store: Path, progress: TerminalProgress) -> dict[str, Any]:

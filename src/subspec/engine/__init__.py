@@ -13,17 +13,15 @@ from functools import partial
 import torch
 
 from subspec.engine.host_view import HostView
-from subspec.engine.weights import Progress, Weights, WeightUnit
+from subspec.engine.loading import Progress
+from subspec.engine.places import Places
+from subspec.engine.weights import Weights, WeightUnit
 from subspec.memory import hazards
-from subspec.memory.arena import Arena
 from subspec.memory.backend import Backend
 from subspec.memory.backend.checked import CheckedBackend
 from subspec.memory.backend.threads import ThreadBackend
-from subspec.memory.exchange import Exchange
-from subspec.memory.pinned import CudaRegistrar, PinnedArena
 from subspec.memory.schedule import Gap, Schedule, Step
-from subspec.memory.streamer import REQUEST_BYTES, STAGING_BUFFERS, THREADS, Streamer
-from subspec.memory.tiers import MemoryBudget
+from subspec.memory.streamer import REQUEST_BYTES, Streamer
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows, WholeLayer, finished
 from subspec.models.kv_cache import KVCache
@@ -32,8 +30,6 @@ from subspec.models.operations import operations
 from subspec.planning.plan import Plan
 from subspec.store.layout import head_chunks, layer_tensor
 from subspec.store.reader import Store
-from subspec.store.rows import EmbeddingRows
-from subspec.store.table import EmbeddingTable
 from subspec.substitute.fused import draft_layer
 
 __all__ = ["Counters", "Engine", "Progress"]
@@ -67,7 +63,7 @@ class Engine:
         backend: what runs it, closed with the engine; default: the CPU's threads.
 
     Attributes:
-        budget: of the memory where it computes; ``host_budget``: of RAM behind a device, or None.
+        places: its memory, and the budgets of that.
         checker, ledger: of accesses to the slots and of exact cache entries, if ``SUBSPEC_HAZARDS`` asks.
         exchange: what host and device tell each other; None where there is no device.
         timeline: where passes and reads are recorded at present; set by ``trace``.
@@ -94,40 +90,28 @@ class Engine:
         self._backend = backend or ThreadBackend()
         if self.checker is not None:
             self._backend = CheckedBackend(self._backend, self.checker)
-        self.budget = MemoryBudget(plan.budget_bytes, "--vram" if plan.device_tier else "--memory")
-        self._near = Arena(self.budget, self._backend.device)
-        self.host_budget: MemoryBudget | None = None
-        self._host: PinnedArena | None = None
-        if plan.host_budget_bytes is not None:
-            self.host_budget = MemoryBudget(plan.host_budget_bytes, "--ram")
-            locks = self._backend.device.type == "cuda"
-            self._host = PinnedArena(self.host_budget, CudaRegistrar() if locks else None)
+        self.places = Places(plan, self._backend)
         self._sweeps = 0
         self._captured: dict[object, Callable[[], object]] = {}
         self.timeline: Timeline | None = None
-        for purpose in ("workspace", "scratch", "norms_biases"):
-            self.budget.take(purpose, plan.parts.get(purpose, 0))
         small = store.small_tensors()
         checksums = small.pop("embedding.crc32")
         self._small = {name: value.to(self._backend.device) for name, value in small.items()}
-        self.rows = self._embedding(checksums)
-        self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self._near)
+        self.rows = self.places.embedding(store, checksums)
+        self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self.places.near)
         norms = [self._norms(index) for index in range(self.config.layers)]
         self.decoder = Decoder(self.config, norms, self.cache)
         self._ops = operations(self._backend.device)
-        slots = [self._near.bytes("slots", plan.slot_bytes) for _ in range(plan.slots)]
-        self.weights = Weights(store, plan, self._near, self._host, self._small, slots, progress)
+        slots = self.places.slots()
+        self.weights = Weights(store, plan, self.places, self._small, slots, progress)
         self._draft_layers = [
             draft_layer(products, setting)
             for products, setting in zip(self.weights.draft_layers, self.decoder.settings, strict=True)
         ]
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         streamed = self.weights.streamed()
-        staging = self._staging()
-        self.exchange = self._exchange()
-        if self._host is not None:
-            self._host.pin()
-        self.settle()
+        staging, self.exchange = self.places.staging(), self.places.exchange()
+        self.places.pin()
         streamer = None
         if streamed:  # it copies from pinned memory at once
             size = len(staging[0]) if staging else REQUEST_BYTES
@@ -266,32 +250,9 @@ class Engine:
         finally:
             self.rows.close()
             self.store.close()
-            if self._host is not None:
-                self._host.close()
+            self.places.close()
 
     # --- what passes are made of ---
-
-    def _embedding(self, checksums: torch.Tensor) -> EmbeddingRows | EmbeddingTable:
-        """Where rows of the input embedding are looked up."""
-        if self._host is not None:
-            return EmbeddingTable(self.store, self._host)
-        return EmbeddingRows(self.store, checksums, self.plan.cache_rows, self._near)
-
-    def _staging(self) -> list[torch.Tensor]:
-        """Pinned buffers that units from disk pass through on their way to a device."""
-        size = self.plan.host_parts.get("staging", 0)
-        if self._host is None or not size:
-            return []
-        count = THREADS * STAGING_BUFFERS
-        return list(torch.split(self._host.bytes("staging", size), size // count))
-
-    def _exchange(self) -> Exchange | None:
-        """Pinned buffers for what host and device tell each other."""
-        if self._host is None:
-            return None
-        parts = self.plan.host_parts
-        up, down = (self._host.bytes(purpose, parts[purpose]) for purpose in ("uploads", "results"))
-        return Exchange(self._backend, up, down)
 
     def _uploaded(self, values: torch.Tensor) -> torch.Tensor:
         """Host values where passes compute."""

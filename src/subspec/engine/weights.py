@@ -5,31 +5,29 @@ of further units rest in pinned host memory, and the others stay on disk.  Knows
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from subspec.memory.arena import Arena, map_bytes, place_bytes
+from subspec.engine.loading import Kept, Loader, Progress
+from subspec.engine.places import Places
+from subspec.memory.arena import map_bytes, place_bytes
 from subspec.memory.disk import writable
 from subspec.memory.streamer import Unit
 from subspec.memory.tiers import PAGE_BYTES, page_aligned
 from subspec.models.decoder import RowProduct
 from subspec.models.linear import ExactProduct, choose_product
 from subspec.planning.plan import Plan
-from subspec.store.exact import chunk_matrices, exact_bytes, load_chunk, load_layer, rebuild
+from subspec.store.exact import chunk_matrices, load_chunk, load_layer
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
 from subspec.store.reader import Store
 from subspec.substitute.choice import Choice, Shape, choose_on
 from subspec.substitute.exact import UnitProducts
-from subspec.substitute.images import plain_matrices, starts
+from subspec.substitute.images import starts
 from subspec.substitute.layout import Placed, tile_bytes
 from subspec.substitute.linear import SubstituteLinear
-
-Progress = Callable[[str, int, int], None]
-LOAD_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -53,30 +51,13 @@ class WeightUnit:
     plain: bool
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A unit that stays.
-
-    Attributes:
-        name: of its image; ``matrices``: in it; ``tiles``: their substitutes.
-        plain: whether it stays as plain weights; ``load``: reads and rebuilds these (n, k) in host memory.
-    """
-
-    name: str
-    matrices: Sequence[Placed]
-    tiles: torch.Tensor
-    plain: bool
-    load: Callable[[], list[torch.Tensor]]
-
-
 class Weights:
     """Everything that a plan keeps, and what there is to stream.
 
     Args:
         store: the prepared model.
         plan: what to keep where.
-        near: memory on the device that computes.
-        host: pinned memory for images that rest behind a device; None: near memory is host memory.
+        places: where to keep it.
         small: norms and biases by name, on the device.
         slots: near memory that is not in use yet.
         progress: called with (task, done, total).
@@ -92,26 +73,26 @@ class Weights:
         self,
         store: Store,
         plan: Plan,
-        near: Arena,
-        host: Arena | None,
+        places: Places,
         small: dict[str, torch.Tensor],
         slots: Sequence[torch.Tensor],
         progress: Progress | None,
     ) -> None:
-        self._store, self._plan, self._near, self._host = store, plan, near, host
-        self._small, self._progress = small, progress
+        self._store, self._plan, self._near, self._small = store, plan, places.near, small
+        self._loader = Loader(store, places, slots[0] if slots else None, progress)
         self._matrices = layer_matrices(store.config)
         self._chunks = head_chunks(store.config, store.dtype.itemsize)
-        self._scratch_image = slots[0] if slots and host is None else None
         self.product = self._choose_product(slots)
         self._products = UnitProducts(self.product, store.dtype, self._scratch())
         self.draft_choice = self._choose_draft_product()
         tiles, self.draft_layers = self._load_substitutes()
         self.draft_head = self._load_draft_head()
-        resident = self._load_resident(tiles)
+        resident = self._loader.resident(self._kept(tiles))
         self.layers = [self._layer_unit(index, part, resident) for index, part in enumerate(tiles)]
         self.head = [self._head_unit(index, resident) for index in range(len(self._chunks))]
-        self._images = self._load_images()
+        names = [layer_file(index, store.form) for index in plan.host_layers]
+        names += [head_file(index, store.form) for index in plan.host_chunks]
+        self._images = self._loader.behind(names)
 
     @property
     def draft_product(self) -> str:
@@ -230,7 +211,7 @@ class Weights:
         per_layer = page_aligned(sum(tile_bytes(matrix.n, matrix.k) for matrix in self._matrices))
         memory = self._near.bytes("substitutes", per_layer * layers).view(layers, per_layer)
         names = [layer_file(index, "substitute") for index in range(layers)]
-        self._load_all("loading substitutes", list(zip(names, memory, strict=True)))
+        self._loader.load("loading substitutes", list(zip(names, memory, strict=True)))
         products = [
             [
                 self._packed(SubstituteLinear(matrix.own_tiles(tiles), matrix.n, matrix.k, bias))
@@ -252,31 +233,11 @@ class Weights:
         head = SubstituteLinear(tiles[: tile_bytes(vocabulary, hidden)], vocabulary, hidden, None)
         return self._packed(head)
 
-    def _load_resident(self, tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Read the images that stay, and rebuild those that stay as plain weights; by name."""
-        kept = self._kept(tiles)
-        if not kept:
-            return {}
-        records = self._store.manifest.files
-        sizes = [
-            exact_bytes(self._store, one.matrices) if one.plain else records[one.name].n_bytes for one in kept
-        ]
-        memory = torch.split(self._near.bytes("resident", sum(sizes)), sizes)
-        places = {one.name: place for one, place in zip(kept, memory, strict=True)}
-        rebuilt = [one for one in kept if one.plain and self._store.form == "residual"]
-        for done, one in enumerate(rebuilt, start=1):
-            self._rebuild(one, places[one.name])
-            self._report("rebuilding resident layers", done, len(rebuilt))
-        ready = {one.name for one in rebuilt}
-        as_stored = [(name, place) for name, place in places.items() if name not in ready]
-        self._load_all("loading resident layers", as_stored)
-        return places
-
-    def _kept(self, tiles: list[torch.Tensor]) -> list[_Kept]:
+    def _kept(self, tiles: list[torch.Tensor]) -> list[Kept]:
         """The units that stay."""
         store, plan, form = self._store, self._plan, self._store.form
         layers = [
-            _Kept(
+            Kept(
                 layer_file(index, form),
                 self._matrices,
                 tiles[index],
@@ -286,7 +247,7 @@ class Weights:
             for index in plan.resident_layers
         ]
         return layers + [
-            _Kept(
+            Kept(
                 head_file(index, form),
                 chunk_matrices(store, self._chunks[index]),
                 self._chunk_tiles(index),
@@ -295,56 +256,6 @@ class Weights:
             )
             for index in range(plan.resident_chunks)
         ]
-
-    def _rebuild(self, one: _Kept, place: torch.Tensor) -> None:
-        """Rebuild a unit's plain weights, by the processor, wherever they go."""
-        if self._host is not None:  # its substitutes are out of the processor's reach
-            weights = plain_matrices(place, one.matrices, self._store.dtype)
-            for weight, rebuilt in zip(weights, one.load(), strict=True):
-                weight.copy_(rebuilt)
-            return
-        n_bytes = self._store.manifest.files[one.name].n_bytes
-        image = map_bytes(n_bytes) if self._scratch_image is None else self._scratch_image[:n_bytes]
-        self._store.load(one.name, image)
-        rebuild(self._store, image, one.tiles, one.matrices, place)
-
-    def _load_images(self) -> dict[str, torch.Tensor]:
-        """Read the images that rest in host memory behind a device; by name."""
-        if self._host is None:
-            return {}
-        names = [layer_file(index, self._store.form) for index in self._plan.host_layers]
-        names += [head_file(index, self._store.form) for index in self._plan.host_chunks]
-        records = self._store.manifest.files
-        sizes = [records[name].n_bytes for name in names]
-        memory = torch.split(self._host.bytes("images", sum(sizes)), sizes) if names else ()
-        jobs = list(zip(names, memory, strict=True))
-        with ThreadPoolExecutor(LOAD_THREADS) as pool:
-            for done, _ in enumerate(pool.map(lambda job: self._store.load(*job), jobs), start=1):
-                self._report("loading host memory", done, len(jobs))
-        return dict(jobs)
-
-    def _load_all(self, task: str, jobs: list[tuple[str, torch.Tensor]]) -> None:
-        """Load images into near memory; a few threads read."""
-        with ThreadPoolExecutor(LOAD_THREADS) as pool:
-            for start in range(0, len(jobs), LOAD_THREADS):
-                some = jobs[start : start + LOAD_THREADS]
-                for (_, target), image in zip(
-                    some, pool.map(lambda job: self._read(*job), some), strict=True
-                ):
-                    if image is not target:
-                        target[: len(image)].copy_(image)
-                self._report(task, min(start + LOAD_THREADS, len(jobs)), len(jobs))
-
-    def _read(self, name: str, target: torch.Tensor) -> torch.Tensor:
-        """Read an image into ``target`` and return it, or into new memory where files do not reach that."""
-        image = target if self._host is None else map_bytes(self._store.manifest.files[name].n_bytes)
-        self._store.load(name, image)
-        return image
-
-    def _report(self, task: str, done: int, total: int) -> None:
-        """Tell whoever asked how far it is."""
-        if self._progress is not None:
-            self._progress(task, done, total)
 
 
 def _one_chunk(store: Store, index: int) -> list[torch.Tensor]:

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from subspec.engine import Engine
 from subspec.errors import ContextError, OptionError
+from subspec.generation.answer import Answer
 from subspec.generation.clock import Clock
 from subspec.generation.prompt import Prompt, encode, load_tokenizer
-from subspec.generation.results import Piece, Result, Statistics
-from subspec.generation.text import TextStream
+from subspec.generation.results import Piece, Result
 from subspec.memory.backend.cuda import CudaBackend
 from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.exhausted import exhausted
@@ -216,7 +215,9 @@ class LLM:
             "plain_layers": len(self.plan.plain_layers),
             "store_version": manifest.version,
             "codec": manifest.codec,
+            "device": self.device,
             "product": self.engine.weights.product.name,
+            "draft_product": self.engine.weights.draft_product,
             "direct_reads": self.engine.store.direct,
             "hazard_checks": self.engine.checker is not None,
         }
@@ -234,7 +235,7 @@ class LLM:
         sampler = Sampler(params, ids, plan.draft_temperature)
         shape = self.tree if mode == "speculative" else None
         limit = min(params.max_new_tokens, plan.context - len(ids))
-        answer = _Answer(self, ids, params, limit)
+        answer = Answer(self.tokenizer, self.config.eos_token_ids, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
         commits = decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline)
         for commit in _explained(commits, self.engine):
@@ -255,51 +256,11 @@ class LLM:
 def _explained(commits: Iterator[Commit], engine: Engine) -> Iterator[Commit]:
     """The commits; a device that runs out of memory meanwhile is explained."""
     while True:
-        with exhausted(engine.budget):
+        with exhausted(engine.places.budget):
             commit = next(commits, None)
         if commit is None:
             return
         yield commit
-
-
-@dataclass
-class _Answer:
-    """The text under way, and what ends it."""
-
-    llm: LLM
-    prompt: list[int]
-    params: SamplingParams
-    limit: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-
-    def __post_init__(self) -> None:
-        self._text = TextStream(self.llm.tokenizer, self.params.stop)
-
-    def take(self, tokens: list[int]) -> tuple[str, list[int]]:
-        """Add committed tokens up to what ends the text; returns what they add."""
-        text, taken = "", []
-        for token in tokens:
-            taken.append(token)
-            self.token_ids.append(token)
-            text += self._text.feed(token)
-            if not self.params.ignore_eos and token in self.llm.config.eos_token_ids:
-                self.finish_reason = "eos"
-            elif self._text.stopped:
-                self.finish_reason = "stop"
-            elif len(self.token_ids) == self.limit:
-                self.finish_reason = "length" if self.limit == self.params.max_new_tokens else "context"
-            if self.finish_reason:
-                break
-        return text, taken
-
-    def finish(self) -> str:
-        """Text that was held back until the end."""
-        return self._text.finish()
-
-    def result(self, statistics: Statistics) -> Result:
-        """The finished text."""
-        return Result(self._text.text, self.token_ids, len(self.prompt), self.finish_reason, statistics)
 
 
 def _planned(store: Store, request: Request) -> Plan:

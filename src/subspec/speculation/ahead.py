@@ -15,83 +15,22 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
-from subspec.memory.exchange import Exchange, Pending
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows
 from subspec.speculation.calibration import CANDIDATES, Calibration
 from subspec.speculation.commit import Commit, record_step
-from subspec.speculation.draft import NO_REACH, TreeShape
+from subspec.speculation.device_passes import DevicePasses
+from subspec.speculation.draft import TreeShape
 from subspec.speculation.harvest import Harvest, harvest, seedling
 from subspec.speculation.learner import Learner
 from subspec.speculation.levels import Levels, Shape
+from subspec.speculation.outlook import Outlook
 from subspec.speculation.policy import Policy
-from subspec.speculation.sampling import Sampler, gumbel_noise
+from subspec.speculation.sampling import Sampler, SamplingParams, gumbel_noise
 from subspec.speculation.verify import Walk, walk
-
-LATE = 1  # levels that a decision is late: the host looks at one level while the device computes the next
-_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of sweeps: few shapes, so that each is seen often
-
-
-class Totals(Protocol):
-    """Running totals of passes, in seconds."""
-
-    @property
-    def wait_s(self) -> float:
-        """That sweeps waited for the link without anything to do."""
-        ...
-
-    @property
-    def gap_s(self) -> float:
-        """That sweeps spent in gaps, drafting."""
-        ...
-
-
-class DevicePasses(Protocol):
-    """The model as a step on a device sees it.  Everything is launched, in the order of the calls."""
-
-    exchange: Exchange | None
-
-    def target(self, rows: Rows, *, last_only: bool, gap: Callable[[], bool] | None = None) -> torch.Tensor:
-        """One sweep over rows on the device: logits (T, V) there.
-
-        Calls ``gap`` again and again while the next unit is not there, until it says that it has nothing to
-        do.
-        """
-        ...
-
-    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
-        """One pass over substitutes: yields after each layer, returns logits (T, V) on the device."""
-        ...
-
-    def capture_level(self, rows: Rows, then: Callable[[torch.Tensor], object], key: object) -> None:
-        """Make ``draft_level`` of a key cheap; runs the pass some times, or never, if the key is new.
-
-        Args:
-            rows: the same tensors for the same key, whatever is in them.
-            then: computes in place with what lies at fixed addresses; does the same thing for the same key.
-            key: of what is captured once and replayed.
-        """
-        ...
-
-    def draft_level(self, key: object) -> None:
-        """The whole draft pass that was captured under a key, and its ``then`` with the logits."""
-        ...
-
-    def run(self, work: Callable[[], object], note: str) -> None:
-        """Launch ``work``, which computes in place on the device."""
-        ...
-
-    def relocate(self, sources: list[int], targets: list[int], drafts: int = 0) -> None:
-        """Move each cache slot to its target; the last ``drafts`` of the sources are a draft's."""
-        ...
-
-    def counters(self) -> Totals:
-        """Totals so far."""
-        ...
 
 
 class Ahead(Learner):
@@ -146,18 +85,16 @@ class _Steps:
         self._levels, self._shape, self._policy = ahead.levels, ahead.shape, ahead.policy
         self._passes, self._exchange, self._sampler = passes, passes.exchange, sampler
         self._calibration = ahead.calibrations[sampler.params.samples]
+        self._outlook = Outlook(passes.exchange, ahead.policy, ahead.shape)
         self._root, self._base = text[-1], len(text) - 1
         self._most = 0  # levels that this step may use
         self._drafted = 0  # levels of the tree under way
         self._planted = 0  # of these, levels that an earlier step drafted
-        self._reach: list[Pending] = []  # of levels that nobody has looked at, oldest first
-        self._frontier: list[float] = []  # of the newest level that was looked at, falling
-        self._scores: list[float] = []  # of all nodes looked at, falling
-        self._looked_s = 0.0  # when a level was looked at last in this step
         self._shadowed: int | None = None  # the level whose draft entries are in shadow slots
         self._gap_pass: Generator[None, None, torch.Tensor] | None = None
         self._gap_layers = self._pass_layers = 0  # of the pass under way in gaps; of a whole one
         self._noise: set[int] = set()  # positions whose noise is on the device
+        self._advance = partial(_advance, ahead.levels, sampler.params)
         self._passes.run(self._levels.seen.zero_, "seen")
         self._tell_seen(text)
         self._capture()
@@ -173,10 +110,11 @@ class _Steps:
         start, before = time.perf_counter(), self._passes.counters()
         self._most = min(self._levels.shape.depth, remaining - 1)
         self._begin()
-        while self._drafted < self._most and self._pays(time.perf_counter() - start):
+        while self._drafted < self._most and self._outlook.pays(time.perf_counter() - start):
             self._draft_level()
         drafted_s = time.perf_counter() - start
-        count, drafted = self._count(drafted_s), self._drafted
+        shape, drafted = self._levels.shape, self._drafted
+        count = self._outlook.rows(min(shape.verified, 1 + drafted * shape.width), drafted_s)
         logits = self._sweep(count)
         grown, choose = self._read(logits, count)
         rows = {node: row for row, node in enumerate(grown.verified) if grown.tree.depths[node] <= self._most}
@@ -205,7 +143,7 @@ class _Steps:
         else:
             numbers = [self._calibration.temperature, math.log1p(-self._calibration.miss)]
         self._exchange.send(self._levels.calibration, torch.tensor(numbers))
-        self._looked_s = 0.0
+        self._outlook.resume()
         if self._drafted == 0:
             self._root_alone()
 
@@ -213,7 +151,7 @@ class _Steps:
         """A tree of the root alone."""
         seed = self._exchange.sent(torch.tensor([self._root, self._base]))
         self._passes.run(partial(self._levels.begin, seed), "root")
-        self._reach, self._frontier, self._scores = [], [1.0], [1.0]
+        self._outlook.begin([1.0], [1.0])
 
     def _draft_level(self) -> None:
         """Launch the pass over the newest level, which makes the next one."""
@@ -230,10 +168,6 @@ class _Steps:
             self._noise.add(position)
         return self._levels.first if self._drafted == 0 else self._levels.next
 
-    def _advance(self, logits: torch.Tensor) -> None:
-        """What a pass ends with."""
-        self._levels.advance(logits, self._sampler.params)
-
     def _key(self, rows: Rows) -> object:
         """Of the captured pass over the root or a level: it depends on this, and on the device's memory."""
         params = replace(self._sampler.params, max_new_tokens=1, seed=0, stop=(), ignore_eos=False)
@@ -241,48 +175,8 @@ class _Steps:
 
     def _grown(self) -> None:
         """A level was launched: let its reach come."""
-        self._reach.append(self._exchange.begin_read(self._levels.reach))
+        self._outlook.launched(self._exchange.begin_read(self._levels.reach))
         self._drafted += 1
-
-    def _pays(self, spent_s: float) -> bool:
-        """Whether to draft another level, by what is known of the levels before the newest."""
-        self._look()
-        if self._policy is None:
-            return sum(self._frontier) >= max(self._shape.min_reach, NO_REACH)
-        return self._policy.widen(self._expected(), self._expected_scores(), spent_s) > 0
-
-    def _look(self) -> None:
-        """Look at the levels that have had the time of ``LATE`` further ones to come back."""
-        while len(self._reach) > LATE:
-            reach = self._exchange.take(self._reach.pop(0)).tolist()
-            now = time.perf_counter()
-            if self._policy is not None and self._looked_s:
-                self._policy.times.draft.observe(len(reach), now - self._looked_s)
-            self._looked_s = now
-            self._frontier = sorted((one for one in reach if one > 0), reverse=True)
-            self._scores = sorted([*self._scores, *self._frontier], reverse=True)
-
-    def _expected(self) -> list[float]:
-        """The newest level's probabilities to be reached, as far as can be told, falling."""
-        assert self._policy is not None
-        return [one * self._policy.agreement ** len(self._reach) for one in self._frontier]
-
-    def _expected_scores(self) -> list[float]:
-        """All nodes' probabilities, falling, those of levels that nobody looked at as expected."""
-        assert self._policy is not None
-        agreement = self._policy.agreement
-        coming = [
-            one * agreement**level for level in range(1, len(self._reach) + 1) for one in self._frontier
-        ]
-        return sorted([*self._scores, *coming], reverse=True)
-
-    def _count(self, drafted_s: float) -> int:
-        """How many nodes to verify."""
-        most = min(self._levels.shape.verified, 1 + self._drafted * self._levels.shape.width)
-        if self._policy is None or most == 1:
-            return most
-        wanted = self._policy.verify(self._expected_scores(), drafted_s)
-        return min(next((rows for rows in _ROWS if rows >= wanted), most), most)
 
     # --- the sweep, and its gaps ---
 
@@ -312,9 +206,7 @@ class _Steps:
 
     def _begin_gap_pass(self) -> bool:
         """Begin a pass over the newest level, if it is worth it."""
-        assert self._policy is not None
-        self._look()
-        if self._drafted >= self._levels.shape.depth or not self._policy.widen_in_gap(self._expected()):
+        if self._drafted >= self._levels.shape.depth or not self._outlook.pays_in_gap():
             return False
         if self._shadowed is None:
             self._shadowed = self._drafted
@@ -384,12 +276,12 @@ class _Steps:
         self._tell_seen(walked.tokens)
         self._root, self._base = walked.tokens[-1], base
         self._noise = {position for position in self._noise if position > base}
-        self._drafted, self._planted, self._reach = 0, 0, []
+        self._drafted = self._planted = 0
         if planted is not None:
             packed = self._exchange.sent(planted.packed)
             self._passes.run(partial(self._levels.plant, packed), "plant")
             self._drafted = self._planted = planted.levels
-            self._scores, self._frontier = planted.scores, planted.frontier
+            self._outlook.begin(planted.scores, planted.frontier)
 
     def _entry(self, grown: Harvest, node: int) -> int:
         """The slot of a node's newest entry: exact if the sweep verified it, else the draft's."""
@@ -404,6 +296,11 @@ class _Steps:
         if self._sampler.params.repetition_penalty != 1.0:
             places = self._exchange.sent(torch.tensor(tokens))
             self._passes.run(lambda: self._levels.seen.index_fill_(0, places, True), "seen")
+
+
+def _advance(levels: Levels, params: SamplingParams, logits: torch.Tensor) -> None:
+    """What a draft pass ends with; captured passes keep it, and nothing of the text."""
+    levels.advance(logits, params)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
