@@ -198,7 +198,8 @@ class SimulatedBackend:
             self._run(self._choose(runnable))
 
     def settle(self) -> None:
-        """Nothing to wait for: outside of the verbs everything is done at once."""
+        """Run all that was launched."""
+        self.drain()
 
     def close(self) -> None:
         """Run all that was launched."""
