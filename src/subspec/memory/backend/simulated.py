@@ -93,6 +93,7 @@ class SimulatedBackend:
         self._running: list[_Stream] = []  # whose operation is under way, innermost last
         self.trace: list[tuple[str, str]] = []
         self.device = torch.device("cpu")
+        self.eager: str | None = "a simulation has nothing to capture"
         self.compute: Stream = self.stream("compute")
 
     def stream(self, name: str, *, host: bool = False) -> Stream:
