@@ -142,8 +142,8 @@ class CudaBackend:
         """A CUDA graph of ``work``; ``work`` runs a few times on ``compute`` first.
 
         Waits for the device.  All graphs share the memory of their intermediate values, as only one of them
-        runs at a time.  Other threads may use the device meanwhile; one capture at a time.  Where it is forbidden
-        by ``SUBSPEC_GRAPHS=0``, or fails, ``work`` itself is launched each time, as ``eager`` says.
+        runs at a time.  Other threads may use the device meanwhile; one capture at a time.  Where
+        ``SUBSPEC_GRAPHS=0`` forbids it, or it fails, ``work`` itself is launched; ``eager`` says why.
         """
         if self.eager is not None:
             return work
