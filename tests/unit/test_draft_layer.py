@@ -43,7 +43,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     monkeypatch.setattr(native, "kernels", lambda: native.Kernels(request.param, library, {}))
     monkeypatch.setattr(linear, "lowbit_kernels", lambda: lowbit)
     monkeypatch.setattr(draft, "draft_kernels", lambda: layer)
-    monkeypatch.setattr(decoding, "operations", lambda: NATIVE)
+    monkeypatch.setattr(decoding, "operations", lambda _: NATIVE)
     return str(request.param)
 
 
@@ -169,7 +169,7 @@ def test_is_near_the_reference_arithmetic(
     rows, hidden, expected = tree_rows(9), model.hidden(9), model.hidden(9)
     one = model.decoder()
     one.layer(0, model.fused(one)[0], hidden, rows, 64)
-    monkeypatch.setattr(decoding, "operations", lambda: REFERENCE)
+    monkeypatch.setattr(decoding, "operations", lambda _: REFERENCE)
     weights = [
         partial(substitute_linear_reference, tiles=each.tiles, n=each.n, k=each.k, bias=each.bias)
         for each in model.weights[0]
@@ -212,7 +212,7 @@ def test_threads_change_nothing(level: str) -> None:
 def test_without_native_kernels_products_are_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "lowbit_kernels", lambda: None)
     monkeypatch.setattr(draft, "draft_kernels", lambda: None)
-    monkeypatch.setattr(decoding, "operations", lambda: REFERENCE)
+    monkeypatch.setattr(decoding, "operations", lambda _: REFERENCE)
     model = Model(SHAPES[0], torch.float32, biased=True, qk_norm=False)
     decoder, hidden = model.decoder(), model.hidden(3)
     layers = [fused.draft_layer(*each) for each in zip(model.weights, decoder.settings, strict=True)]
