@@ -105,7 +105,7 @@ class DeviceDrafter:
         self._entries: dict[int, Entry] = {}
         self._swept: set[int] = set()
         self.passes: list[int] = []
-        self._begun = 0
+        self._begun, self._text = 0, list(text)
         known = 0
         for token in text:
             self._right[known] = token
@@ -183,6 +183,9 @@ class DeviceDrafter:
                 self._entries[slot] = Entry(text, exact=False)
         if self._params.samples:
             self._require_noise(int(rows.positions[0]) + 1)
+        if self._params.repetition_penalty != 1.0:
+            seen = self._levels.seen.nonzero()[:, 0].tolist()
+            assert seen == sorted(set(self._text[: int(rows.prefix[0]) + 1])), "seen in another text"
         return torch.stack([self._row(text) for text in texts]).to(self._engine.store.dtype)
 
     def _require_noise(self, position: int) -> None:

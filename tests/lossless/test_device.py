@@ -73,6 +73,13 @@ def test_trees_by_chance_equal_plain(subject: Subject, llm: LLM, temper: str) ->
     assert planted > 2 or temper == "never", "what gaps grew is never accepted without being drafted again"
 
 
+@pytest.mark.parametrize("subject", ["qwen3"], indirect=True)
+def test_a_tree_that_is_too_deep_for_the_rest(subject: Subject, llm: LLM) -> None:
+    """Subtrees that survive may be deeper than there are tokens to come: none too many is committed."""
+    for most in range(2, 26):
+        subject.check(llm, "greedy", "always", most, most=most)
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_pinned_trees_equal_plain(subject: Subject, llm: LLM, tree: str) -> None:
     place = list(TREES).index(tree) + FAMILIES.index(subject.family)
