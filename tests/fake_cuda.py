@@ -240,6 +240,7 @@ class FakeCudaBackend:
     def __init__(self, counter: CopyCounter) -> None:
         self.device = torch.device("cuda", 0)
         self.compute = Stream("compute", host=False)
+        self.eager: str | None = None
         self._counter = counter
 
     def stream(self, name: str, *, host: bool = False) -> Stream:

@@ -91,6 +91,17 @@ def test_speculative_equals_plain_from_ram(store: Path, wishes: dict[str, int]) 
         assert_same_texts(llm)
 
 
+def test_graphs_and_eager_passes_give_the_same_tokens(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("SUBSPEC_GRAPHS", switch)
+        with opened(store, little_vram(store), **TREE) as llm:
+            assert (llm.describe()["eager"] is None) == (switch == "1")
+            found = [llm.generate(PROMPT, params) for params in SAMPLINGS]
+            texts.append([(one.token_ids, one.statistics.accepted) for one in found])
+    assert texts[0] == texts[1]
+
+
 def test_speculative_equals_plain_where_everything_is_resident(store: Path) -> None:
     with opened(store, 256 * MIB) as llm:
         assert not llm.plan.host_layers

@@ -141,6 +141,7 @@ def _run(engine: Engine, passes: Passes, prompt: list[int], sampler: Sampler, sh
     cache.values.fill_(torch.nan)
     commits: list[Commit] = list(decode(passes, prompt, 0, sampler, shape, wanted))
     tokens = [token for commit in commits for token in commit.tokens]
+    engine.settle()
     held = len(prompt) + len(tokens) - 1
     bits = torch.int32 if cache.keys.dtype == torch.float32 else torch.int16
     keys, values = (part[:, :, :held].clone().view(bits) for part in (cache.keys, cache.values))

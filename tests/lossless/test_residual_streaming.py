@@ -1,6 +1,7 @@
 """Texts are the same whether weights stream raw or as residuals, and stay rebuilt or as plain weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,9 +91,9 @@ def test_the_text_behind_a_device_is_the_same(
     found = set()
     with little_staging():
         vram, ram, unit = least_device_budgets(stores[stream], context=96, prefill_rows=5)
-        for budgets in ((vram, ram), (vram, PLENTY), (vram + 2 * unit, ram + unit), (PLENTY, PLENTY)):
-            sizes = dict(zip(("vram", "ram"), budgets, strict=True))
-            with LLM(stores[stream], **sizes, device="emulated", context=96, prefill_chunk=5) as llm:
+        for near, behind in ((vram, ram), (vram, PLENTY), (vram + 2 * unit, ram + unit), (PLENTY, PLENTY)):
+            sizes: dict[str, Any] = {"vram": near, "ram": behind, "context": 96, "prefill_chunk": 5}
+            with LLM(stores[stream], device="emulated", **sizes) as llm:
                 assert texts(llm) == expected, llm.plan.explain()
                 found.add((llm.plan.streamed_bytes > 0, llm.plan.disk_bytes > 0, llm.plan.adaptive))
     assert found == {(True, True, True), (True, False, True), (False, False, True)}

@@ -257,6 +257,33 @@ def test_capture_warms_up_then_captures_on_compute_in_one_pool(driver: Driver, b
     assert driver.calls == [("replay", "graph 2", "stream 1")]
 
 
+def test_without_graphs_the_work_itself_is_launched(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBSPEC_GRAPHS", "0")
+    made = CudaBackend()
+
+    def work() -> None:
+        """Nothing."""
+
+    assert made.capture(work) is work
+    assert made.eager == "SUBSPEC_GRAPHS=0"
+    assert not any(call[0] == "capture" for call in driver.calls)
+    made.close()
+
+
+def test_a_capture_that_fails_is_said_and_the_work_launched(driver: Driver, backend: CudaBackend) -> None:
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(1)
+        if len(runs) > WARM_UPS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert backend.capture(work) is work
+    assert "not permitted" in str(backend.eager)
+    assert backend.capture(work) is work  # and is not tried again
+    assert len(runs) == WARM_UPS + 1
+
+
 def test_threads_capture_nothing() -> None:
     backend, calls = ThreadBackend(), [0]
     work = backend.capture(lambda: calls.append(1))

@@ -189,6 +189,11 @@ class Engine:
         self._launch(self._captured[key], "draft")
 
     @property
+    def eager(self) -> str | None:
+        """Why draft passes on a device are launched kernel by kernel; None where they are replayed."""
+        return self._backend.eager
+
+    @property
     def sweep_bytes(self) -> tuple[int, int]:
         """Bytes that a sweep streams, and of those, how many fit the slots."""
         return self.plan.streamed_bytes, self.plan.slots * self.plan.slot_bytes

@@ -218,6 +218,7 @@ class LLM:
             "device": self.device,
             "product": self.engine.weights.product.name,
             "draft_product": self.engine.weights.draft_product,
+            "eager": self.engine.eager,
             "direct_reads": self.engine.store.direct,
             "hazard_checks": self.engine.checker is not None,
         }

@@ -55,6 +55,11 @@ class Backend(Protocol):
     device: torch.device
     compute: Stream
 
+    @property
+    def eager(self) -> str | None:
+        """Why ``capture`` makes nothing cheaper; None if it does."""
+        ...
+
     def stream(self, name: str, *, host: bool = False) -> Stream:
         """A new device stream, or a new worker thread."""
         ...

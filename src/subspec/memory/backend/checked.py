@@ -63,6 +63,11 @@ class CheckedBackend:
         self._local = threading.local()
         self._actors[self.compute] = self._unique(self.compute.name)
 
+    @property
+    def eager(self) -> str | None:
+        """As the wrapped backend."""
+        return self._inner.eager
+
     def stream(self, name: str, *, host: bool = False) -> Stream:
         """A new stream, and actor."""
         stream = self._inner.stream(name, host=host)

@@ -9,6 +9,7 @@ tensors, must be finished (``torch.cuda.synchronize``) before work here reads it
 touches no device; making a ``CudaBackend`` does.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from subspec.errors import OptionError
 from subspec.memory.backend import Event, Stream
 from subspec.memory.backend.threads import ThreadBackend
 
+SWITCH = "SUBSPEC_GRAPHS"
 WARM_UPS = 3  # libraries choose kernels and take their workspaces in the first calls, which no graph may
 
 
@@ -50,6 +52,7 @@ class CudaBackend:
     Attributes:
         device: the CUDA device.
         compute: a CUDA stream other than the default one, which could not be captured.
+        eager: why captured work is launched kernel by kernel; None where it is replayed as a graph.
 
     Raises:
         OptionError: there is no such device, or torch cannot use it.
@@ -69,6 +72,7 @@ class CudaBackend:
         self._compute = _DeviceStream("compute", self.device)
         self.compute: Stream = self._compute
         self._device_streams = [self._compute]
+        self.eager = f"{SWITCH}=0" if os.environ.get(SWITCH) == "0" else None
         self._pool: Any = None  # memory of all graphs' intermediate values, from the first capture on
 
     def stream(self, name: str, *, host: bool = False) -> Stream:
@@ -138,18 +142,27 @@ class CudaBackend:
         """A CUDA graph of ``work``; ``work`` runs a few times on ``compute`` first.
 
         Waits for the device.  All graphs share the memory of their intermediate values, as only one of them
-        runs at a time.  Other threads may use the device meanwhile; one capture at a time.
+        runs at a time.  Other threads may use the device meanwhile; one capture at a time.  Where
+        ``SUBSPEC_GRAPHS=0`` forbids it, or it fails, ``work`` itself is launched; ``eager`` says why.
         """
+        if self.eager is not None:
+            return work
         with torch.cuda.stream(self._compute.cuda):
             for _ in range(WARM_UPS):
                 work()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._compute.cuda, capture_error_mode="thread_local"
-        ):
-            work()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._compute.cuda, capture_error_mode="thread_local"
+            ):
+                work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.eager = f"capturing failed: {error}"
+            return work
         return graph.replay
 
     def host_wait(self, event: Event) -> None:

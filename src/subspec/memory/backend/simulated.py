@@ -93,6 +93,7 @@ class SimulatedBackend:
         self._running: list[_Stream] = []  # whose operation is under way, innermost last
         self.trace: list[tuple[str, str]] = []
         self.device = torch.device("cpu")
+        self.eager: str | None = "a simulation has nothing to capture"
         self.compute: Stream = self.stream("compute")
 
     def stream(self, name: str, *, host: bool = False) -> Stream:
@@ -198,7 +199,8 @@ class SimulatedBackend:
             self._run(self._choose(runnable))
 
     def settle(self) -> None:
-        """Nothing to wait for: outside of the verbs everything is done at once."""
+        """Run all that was launched."""
+        self.drain()
 
     def close(self) -> None:
         """Run all that was launched."""
