@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from device_drafters import Faithful, Recorder, forget_accesses, run_device
+from device_drafters import forget_accesses, run_device
 from device_subjects import TEMPERS, Subject, open_device
 from drafters import _run
+from faithful import Faithful, Recorder
 from test_lossless import SAMPLINGS, TREES
 from tiny import FAMILIES
 
