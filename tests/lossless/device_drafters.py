@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from drafters import Run, Temper, _run, always
+from drafters import Run, Temper, _run
 
 from subspec.engine import Counters, Engine
 from subspec.engine.host_view import HostView
@@ -105,7 +105,7 @@ class DeviceDrafter:
         self._entries: dict[int, Entry] = {}
         self._swept: set[int] = set()
         self.passes: list[int] = []
-        self._begun = 0
+        self._begun, self._text = 0, list(text)
         known = 0
         for token in text:
             self._right[known] = token
@@ -183,6 +183,9 @@ class DeviceDrafter:
                 self._entries[slot] = Entry(text, exact=False)
         if self._params.samples:
             self._require_noise(int(rows.positions[0]) + 1)
+        if self._params.repetition_penalty != 1.0:
+            seen = self._levels.seen.nonzero()[:, 0].tolist()
+            assert seen == sorted(set(self._text[: int(rows.prefix[0]) + 1])), "seen in another text"
         return torch.stack([self._row(text) for text in texts]).to(self._engine.store.dtype)
 
     def _require_noise(self, position: int) -> None:
@@ -238,54 +241,6 @@ class DeviceDrafter:
         kept = {slot: entry for slot, entry in self._entries.items() if slot < targets[0]}
         new = {slot: entry for slot, entry in zip(targets, moved, strict=True) if entry is not None}
         self._entries = kept | new
-
-
-class Faithful(DeviceDrafter):
-    """Along the plain text it says what the target says: only noise, penalty and filters can make it miss.
-
-    Args:
-        engine, ahead, text, params, seed: a ``DeviceDrafter``'s.
-        said: the target's logits (n, V), which gave the last n tokens of the text.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        ahead: Ahead,
-        text: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        said: torch.Tensor,
-    ) -> None:
-        super().__init__(engine, ahead, text, always, params, seed)
-        self._said = dict(zip(list(self._right)[-len(said) :], said, strict=True))
-
-    def _row(self, text: int | None) -> torch.Tensor:
-        known = None if text is None else self._said.get(text)
-        return super()._row(text) if known is None else known
-
-
-class Recorder:
-    """Passes without a tree, which keep what the target says of a text.
-
-    Attributes:
-        said: logits (V,) of each token.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.said: list[torch.Tensor] = []
-
-    def target(self, rows: Rows, *, last_only: bool) -> torch.Tensor:
-        logits = self._engine.target(rows, last_only=last_only)
-        self.said.append(logits[-1].clone())
-        return logits
-
-    def draft(self, rows: Rows) -> torch.Tensor:
-        return self._engine.draft(rows)
-
-    def move(self, sources: list[int], start: int) -> None:
-        self._engine.move(sources, start)
 
 
 @dataclass(frozen=True)

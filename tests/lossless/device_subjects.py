@@ -90,10 +90,16 @@ class Subject:
         self._aheads = {}
 
     def run(
-        self, llm: LLM, sampling: str, temper: str | None, seed: int, tree: str | None = None
+        self,
+        llm: LLM,
+        sampling: str,
+        temper: str | None,
+        seed: int,
+        tree: str | None = None,
+        most: int = 26,
     ) -> tuple[DeviceRun, DeviceDrafter | None]:
         """A text by a drafter, or by the engine's own drafts; a short one where each step brings a token."""
-        tokens = 9 if temper == "never" else 26
+        tokens = 9 if temper == "never" else most
         ahead, params = self.ahead(tree, seed), replace(SAMPLINGS[sampling], max_new_tokens=tokens)
         passes = None
         if temper is not None:
@@ -102,14 +108,20 @@ class Subject:
         return run_device(llm.engine, passes, ahead, self.prompt, params, seed), passes
 
     def check(
-        self, llm: LLM, sampling: str, temper: str | None, seed: int, tree: str | None = None
+        self,
+        llm: LLM,
+        sampling: str,
+        temper: str | None,
+        seed: int,
+        tree: str | None = None,
+        most: int = 26,
     ) -> tuple[DeviceRun, list[int]]:
         """A run that must equal plain, with one wait a step, and no access out of order.
 
         Returns what it left, and how many passes were drafted before each step's sweep.
         """
-        found, passes = self.run(llm, sampling, temper, seed, tree)
-        plain, case = self.plain(sampling, len(found.run.tokens)), (sampling, seed)
+        found, passes = self.run(llm, sampling, temper, seed, tree, most)
+        plain, case = self.plain(sampling, 9 if temper == "never" else most), (sampling, seed)
         assert found.run.tokens == plain.tokens, case
         assert found.run.same(plain), f"{case}: same tokens, other keys or values"
         assert found.reads == 1 + len(found.accepted), case

@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from device_drafters import Faithful, Recorder, forget_accesses, run_device
+from device_drafters import forget_accesses, run_device
 from device_subjects import TEMPERS, Subject, open_device
 from drafters import _run
+from faithful import Faithful, Recorder
 from test_lossless import SAMPLINGS, TREES
 from tiny import FAMILIES
 
@@ -71,6 +72,13 @@ def test_trees_by_chance_equal_plain(subject: Subject, llm: LLM, temper: str) ->
     assert filled > 100
     assert (accepted > 0) == (temper != "never")
     assert planted > 2 or temper == "never", "what gaps grew is never accepted without being drafted again"
+
+
+@pytest.mark.parametrize("subject", ["qwen3"], indirect=True)
+def test_a_tree_that_is_too_deep_for_the_rest(subject: Subject, llm: LLM) -> None:
+    """Subtrees that survive may be deeper than there are tokens to come: none too many is committed."""
+    for most in range(2, 26):
+        subject.check(llm, "greedy", "always", most, most=most)
 
 
 @pytest.mark.parametrize("tree", TREES)
