@@ -1,4 +1,4 @@
-"""Cases of the toy engine of ``toy_steps``: texts, some given up, each commit and each guess held to the truth."""
+"""Texts that the toy engine of ``toy_steps`` makes, some given up; commits and guesses are held to the truth."""
 
 import random
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_steps import DISAGREEMENT, VOCABULARY, Broken, Memory, ToyEngine, words_of
+from toy_steps import DISAGREEMENT, VOCABULARY, GivenUpError, Memory, ToyEngine, words_of
 
 from subspec.engine.host_view import HostView
 from subspec.errors import StoreError
@@ -69,7 +69,7 @@ class Case:
 def drawn(seed: int) -> Case:
     """A random case."""
     rng = random.Random(seed)
-    n_layers = rng.choice((1, 2, 2, 3))
+    n_layers = rng.choice((1, 2, 2, 3, 4, 6))
     kinds = rng.choice((("file",), ("image",), ("file", "image"), ("file", "image", "resident")))
     layers = [rng.choice(kinds) for _ in range(n_layers)]
     if set(layers) == {"resident"}:
@@ -81,21 +81,26 @@ def drawn(seed: int) -> Case:
         staged=rng.random() < 0.7,
         threads=rng.randint(1, 2),
         spare=rng.choice((0, 1, 5)),
+        warm_ups=rng.choice((0,) * 7 + (3,)),
     )
-    width = rng.choice((1, 1, 2))
+    width = rng.choice((1, 2))
     shape = TreeShape(depth=rng.choice((2, 3)), width=width, nodes=rng.choice((3, 5)))
     first = _text(rng, n_layers, rng.random() < 0.4)
     last = _text(rng, n_layers, False)
     both = (first, replace(last, reused=rng.choice((0, 2)), commits=1))
     texts = both if first.breaks or first.fails or rng.random() < 0.2 else (first,)
-    return Case(memory, shape, rng.choice((None, 0.2, 0.6, 0.9)), rng.choice((0.0, 0.5, 1.0)), texts)
+    return Case(memory, shape, rng.choice((None, 0.2, 0.4, 0.9)), rng.choice((0.0, 0.8, 1.0)), texts)
 
 
 def _text(rng: random.Random, n_layers: int, given_up: bool) -> Text:
     """A random text."""
     commits = rng.choice((1, 2, 2, 3))
-    fails = given_up and rng.random() < 0.2
-    breaks = None if not given_up else (rng.randint(0, commits), rng.randint(-1, n_layers))
+    fails = given_up and rng.random() < 0.3
+    breaks = (
+        None
+        if not given_up or fails
+        else (rng.randint(0, commits), rng.choice((-1, rng.randint(0, n_layers - 1))))
+    )
     return Text(
         tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3))),
         rng.choice((GREEDY, GREEDY, GREEDY, DRAWN, PENALIZED)),
@@ -141,6 +146,8 @@ class Run:
         self.breaks: tuple[int, int] | None = None
         self.whole: list[int] = []  # the text, as far as it is committed
         self.cached = 0  # its tokens in the cache
+        self._unfinished = 0  # gap passes so far
+        self._deepest = 0  # level that was verified
 
     def run(self) -> Counter[str]:
         """All texts; raises whatever is found."""
@@ -171,12 +178,12 @@ class Run:
                     break
                 assert exchange.blocking_reads == before + 1
                 self._committed(commit.tokens, commit.verified)
-        except Broken:
+        except GivenUpError:
             self.counts["given up in a gap" if self.breaks and self.breaks[1] < 0 else "given up"] += 1
         except StoreError:
             assert text.fails
             self.counts["failed"] += 1
-        self.engine.files[-1].failing = False
+        self.engine.files[-1].failing, self._unfinished = False, self._gap_passes_left()
         self.engine.run(partial(self._compare, tuple(self.whole[: self.cached])), "compare")
 
     def _committed(self, tokens: list[int], verified: int) -> None:
@@ -204,10 +211,16 @@ class Run:
             assert torch.equal(guess.scores, scores[0])
         depths = [grown.tree.depths[node] for node in grown.verified]
         self._deepest = max(depths)
+        before, self._unfinished = self._unfinished, self._gap_passes_left()
+        self.counts["gap passes dropped"] += self._unfinished - before
         planted = self.engine.counts["plant"] - self.counts["plants seen"]
         self.counts["plants seen"] += planted
         self.counts["plants verified"] += bool(planted and self._deepest > 0)
         return grown
+
+    def _gap_passes_left(self) -> int:
+        """Gap passes so far that did not end."""
+        return self.engine.counts["gap passes begun"] - self.engine.counts["gap passes finished"]
 
     def _compare(self, text: tuple[int, ...]) -> None:
         """The cache holds the exact entries of a text."""
@@ -217,4 +230,4 @@ class Run:
     def _breaks(self, sweep: int, layer: int) -> None:
         """Give up where the text says."""
         if (sweep, layer) == self.breaks:
-            raise Broken
+            raise GivenUpError

@@ -37,7 +37,9 @@ Words = NDArray[np.uint64]
 VOCABULARY = 12
 MASK, EVEN = (1 << 64) - 1, (1 << 64) - 2
 TOKEN, POSITION, FACTOR = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9
-PLACES = [random.Random(7).getrandbits(64) | 1 for _ in range(64)]  # what the entries of a text are multiplied by
+PLACES = [
+    random.Random(7).getrandbits(64) | 1 for _ in range(64)
+]  # what the entries of a text are multiplied by
 _PLACES = np.array(PLACES, dtype=np.uint64)
 _BITS = np.arange(VOCABULARY, dtype=np.uint64) * np.uint64(5)
 _UNLIKE = np.arange(VOCABULARY, dtype=np.float32) / 64  # no two logits are alike
@@ -45,7 +47,7 @@ DISAGREEMENT = 5  # of 16 hashes, those whose draft logits are others
 EXACT, DRAFT = 0, 1  # the last bit of an entry
 
 
-class Broken(Exception):
+class GivenUpError(Exception):
     """A text that somebody gives up."""
 
 
@@ -67,7 +69,7 @@ def mixed_one(word: int) -> int:
 def logits_of(words: Words, disagreement: int = 0) -> NDArray[np.float32]:
     """Logits (T, V) of hashes (T,); of so many sixteenths of them, others."""
     words = np.where(words % np.uint64(16) < np.uint64(disagreement), mixed(words), words)
-    return ((words[:, None] >> _BITS) & np.uint64(31)).astype(np.float32) / 4 + _UNLIKE
+    return ((words[:, None] >> _BITS) & np.uint64(31)).astype(np.float32) / np.float32(4) + _UNLIKE
 
 
 def words_of(tensor: torch.Tensor) -> Words:
