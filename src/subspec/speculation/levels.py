@@ -152,7 +152,7 @@ class Levels:
         self._guess.index_copy_(0, rows, tokens)
         self._guess_score.index_copy_(0, rows, scores)
         parents = rows.index_select(0, order.div(tokens.shape[1], rounding_mode="floor"))
-        self._level += 1
+        self._level.add_(1).clamp_(max=shape.depth)  # a pass that warms up for its capture runs unasked
         self._append(tokens.flatten().index_select(0, order), parents, best)
 
     def _noise_of(self, tokens: torch.Tensor) -> torch.Tensor:
