@@ -1,4 +1,4 @@
-"""Texts that the toy engine of ``toy_steps`` makes, some given up; commits and guesses are held to the truth."""
+"""Texts that the toy engine of ``toy_steps`` makes, some given up, all held to the truth."""
 
 import random
 from collections import Counter

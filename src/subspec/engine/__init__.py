@@ -34,6 +34,8 @@ from subspec.substitute.fused import draft_layer
 
 __all__ = ["Counters", "Engine", "Progress"]
 
+CAPTURED = 16  # passes kept: of each way of sampling two; the oldest goes first
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -182,6 +184,8 @@ class Engine:
             key: of what is captured once and replayed.
         """
         if key not in self._captured:
+            if len(self._captured) >= CAPTURED:
+                self._captured.pop(next(iter(self._captured)))
             self._captured[key] = self._backend.capture(partial(self._draft_level, rows, then))
 
     def draft_level(self, key: object) -> None:

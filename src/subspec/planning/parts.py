@@ -82,13 +82,14 @@ def host_parts(config: ModelConfig, itemsize: int, wishes: dict[str, Any]) -> di
     """What every run behind a device pins in RAM beside staging buffers and images, in bytes.
 
     ``embedding`` is the exact table, whole: the device gathers its rows over the bus.  ``uploads`` is what
-    the host prepares for the device: descriptions of a prompt's or a pass's rows with their paths, twice,
-    since the next pass is described while the last one's copy may be under way, and as often a row of noise
-    or penalties.  ``results`` is what it hears from it: the logits of the nodes that a sweep verifies, and
-    of every node the guesses that it looks at, twice alike.
+    the host prepares for the device: descriptions of a prompt's rows, or of a tree with its paths and
+    guesses, twice, since the next one is described while the last one's copy may be under way, and as often a
+    row of noise or penalties.  ``results`` is what it hears from it: the logits of the nodes that a sweep
+    verifies, and of every node the guesses that it looks at, twice alike.
     """
     tree, vocabulary = _tree(wishes), config.vocab_size
-    described = wishes["context"] * INDEX_BYTES + tree.drafted * (ROW_INDICES + tree.depth + 1) * INDEX_BYTES
+    of_node = ROW_INDICES + 2 * CANDIDATES + tree.depth + 1  # as a tree that survives is planted
+    described = wishes["context"] * INDEX_BYTES + tree.drafted * of_node * INDEX_BYTES
     guesses = tree_slots(tree, device=True) * (2 * CANDIDATES + ROW_INDICES) * INDEX_BYTES
     logits = min(tree.nodes, tree.drafted) * vocabulary * itemsize
     return {

@@ -284,10 +284,9 @@ class _Steps:
             self._outlook.begin(planted.scores, planted.frontier)
 
     def _entry(self, grown: Harvest, node: int) -> int:
-        """The slot of a node's newest entry: exact if the sweep verified it, else the draft's."""
+        """The slot of a surviving node's entry: the draft's, as what is below the bonus was not verified."""
         place, shape = grown.places[node], self._levels.shape
-        shadowed = grown.tree.depths[node] == self._shadowed and node not in grown.verified
-        if not shadowed:
+        if grown.tree.depths[node] != self._shadowed:
             return self._base + place
         return self._base + shape.nodes + (0 if place == 0 else (place - 1) % shape.width)
 
