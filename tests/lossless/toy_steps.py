@@ -42,7 +42,8 @@ PLACES = [
 ]  # what the entries of a text are multiplied by
 _PLACES = np.array(PLACES, dtype=np.uint64)
 _BITS = np.arange(VOCABULARY, dtype=np.uint64) * np.uint64(5)
-_UNLIKE = np.arange(VOCABULARY, dtype=np.float32) / 64  # no two logits are alike
+_QUARTER = np.full(VOCABULARY, 0.25, dtype=np.float32)
+_UNLIKE = np.arange(VOCABULARY, dtype=np.float32) * np.float32(1 / 64)  # no two logits are alike
 DISAGREEMENT = 5  # of 16 hashes, those whose draft logits are others
 EXACT, DRAFT = 0, 1  # the last bit of an entry
 
@@ -69,7 +70,7 @@ def mixed_one(word: int) -> int:
 def logits_of(words: Words, disagreement: int = 0) -> NDArray[np.float32]:
     """Logits (T, V) of hashes (T,); of so many sixteenths of them, others."""
     words = np.where(words % np.uint64(16) < np.uint64(disagreement), mixed(words), words)
-    return ((words[:, None] >> _BITS) & np.uint64(31)).astype(np.float32) / np.float32(4) + _UNLIKE
+    return ((words[:, None] >> _BITS) & np.uint64(31)).astype(np.float32) * _QUARTER + _UNLIKE
 
 
 def words_of(tensor: torch.Tensor) -> Words:
