@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_steps import DISAGREEMENT, VOCABULARY, GivenUpError, Memory, ToyEngine, words_of
+from toy_hashes import DISAGREEMENT, VOCABULARY, words_of
+from toy_steps import GivenUpError, Memory, ToyEngine
 
 from subspec.engine.host_view import HostView
 from subspec.errors import StoreError

@@ -3,6 +3,9 @@
 A simulation runs the method's own steps over a toy model, with the real levels, exchange, cache, streamer
 and schedule, under the hazard checker and the ledger of exact entries: every commit, every guess of the draft
 and every entry of the cache is what a plain loop makes.  Then a step is made wrong, and it shows.
+
+An order costs some 18 ms, a third of that for the checker, the rest spread over simulated operations and
+those of small tensors.  Hence 4,000 of them; ``test_schedules`` has more, of sweeps alone.
 """
 
 from collections import Counter
@@ -24,7 +27,7 @@ from subspec.speculation.harvest import Harvest
 from subspec.speculation.levels import Levels
 from subspec.speculation.verify import Walk
 
-SCHEDULES, BATCH = 4_000, 1_000  # some 17 ms each, a third of them the checker's
+SCHEDULES, BATCH = 4_000, 1_000
 
 SITUATIONS = (
     "gap passes finished",
@@ -38,6 +41,7 @@ SITUATIONS = (
     "given up",
     "given up in a gap",
     "failed",
+    "warm-up",
 )
 
 
@@ -97,9 +101,9 @@ def caught(case: Case, backend: Backend, seed: int) -> bool:
     return False
 
 
-def shows(make: Callable[[int], Backend] = SimulatedBackend) -> bool:
+def shows(make: Callable[[int], Backend] = SimulatedBackend, orders: range = ORDERS) -> bool:
     """Whether there is an order in which it does."""
-    return any(caught(drawn(seed), make(seed), seed) for seed in ORDERS)
+    return any(caught(drawn(seed), make(seed), seed) for seed in orders)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +123,11 @@ def test_a_part_of_a_step_that_comes_late_shows(what: str, after: str, one_threa
     assert shows(lambda seed: Late(seed, what, after))
 
 
-@pytest.mark.parametrize("what", ["nothing", "commit", "move"])
+@pytest.mark.parametrize("what", ["commit", "move"])
 def test_what_is_planted_and_what_is_committed_may_come_in_any_order(what: str, one_thread: None) -> None:
     """The one goes to the levels' memory, the other to the cache's: neither reads the other's."""
-    assert not shows(lambda seed: Late(seed, what, "plant", before=("seen", "root", "select", "compare")))
+    before = ("seen", "root", "select", "compare")
+    assert not shows(lambda seed: Late(seed, what, "plant", before), ORDERS[:100])
 
 
 # What the waits and the places of a step are for

@@ -1,10 +1,8 @@
-"""A toy model that the real steps of ``Ahead`` run: hashes stand for hidden states, keys, values and logits.
+"""An engine of the toy model of ``toy_hashes`` that the real steps of ``Ahead`` run.
 
-A layer makes a row's entry of its hash and of the bytes of a unit, and folds the entries of exactly the slots
-that the row attends to, in position order, into the hash.  So a byte, a slot or a place that is wrong changes
-all that comes after.  An entry says by its last bit whether a draft wrote it: the exact model minds, the
-draft does not, and so guesses as the exact model does but for some hashes.  ``Truth`` is the same model as a
-plain loop over a list of tokens.  All is launched in place, as the engine does.
+A row folds the entries of exactly the slots that it attends to.  An entry says by its last bit whether a
+draft wrote it: the exact model minds, the draft does not, and so guesses as the exact model does but for some
+hashes.  All is launched in place, as the engine does.
 """
 
 import random
@@ -18,8 +16,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from toy import PART, MemoryFile
+from toy_hashes import (
+    DISAGREEMENT,
+    DRAFT,
+    EVEN,
+    EXACT,
+    MASK,
+    POSITION,
+    TOKEN,
+    VOCABULARY,
+    WORD_PLACES,
+    Truth,
+    Words,
+    digest,
+    logits_of,
+    mixed,
+    words_of,
+)
 
 from subspec.memory.arena import Arena
 from subspec.memory.backend import Backend
@@ -33,92 +47,9 @@ from subspec.models.kv_cache import KVCache
 from subspec.models.kv_ledger import KVLedger, LedgeredPass
 from subspec.speculation.levels import Shape, summary_size
 
-Words = NDArray[np.uint64]
-VOCABULARY = 12
-MASK, EVEN = (1 << 64) - 1, (1 << 64) - 2
-TOKEN, POSITION, FACTOR = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9
-PLACES = [
-    random.Random(7).getrandbits(64) | 1 for _ in range(64)
-]  # what the entries of a text are multiplied by
-_PLACES = np.array(PLACES, dtype=np.uint64)
-_BITS = np.arange(VOCABULARY, dtype=np.uint64) * np.uint64(5)
-_QUARTER = np.full(VOCABULARY, 0.25, dtype=np.float32)
-_UNLIKE = np.arange(VOCABULARY, dtype=np.float32) * np.float32(1 / 64)  # no two logits are alike
-DISAGREEMENT = 5  # of 16 hashes, those whose draft logits are others
-EXACT, DRAFT = 0, 1  # the last bit of an entry
-
 
 class GivenUpError(Exception):
     """A text that somebody gives up."""
-
-
-# --- the model: each function on words, and for the truth on one number ---
-
-
-def mixed(words: Words) -> Words:
-    """A hash of each word."""
-    words = (words ^ (words >> np.uint64(29))) * np.uint64(FACTOR)
-    return words ^ (words >> np.uint64(32))
-
-
-def mixed_one(word: int) -> int:
-    """``mixed`` of one."""
-    word = ((word ^ (word >> 29)) * FACTOR) & MASK
-    return word ^ (word >> 32)
-
-
-def logits_of(words: Words, disagreement: int = 0) -> NDArray[np.float32]:
-    """Logits (T, V) of hashes (T,); of so many sixteenths of them, others."""
-    words = np.where(words % np.uint64(16) < np.uint64(disagreement), mixed(words), words)
-    return ((words[:, None] >> _BITS) & np.uint64(31)).astype(np.float32) * _QUARTER + _UNLIKE
-
-
-def words_of(tensor: torch.Tensor) -> Words:
-    """An int64 or uint8 tensor's words: a view."""
-    return cast(Words, tensor.numpy().view(np.uint64))
-
-
-def digest(values: torch.Tensor) -> np.uint64:
-    """Of a unit's bytes."""
-    words = words_of(values)
-    return cast(np.uint64, (words * _PLACES[: len(words)]).sum())
-
-
-class Truth:
-    """The exact model without a cache: what a text's last hash is, and the entries on the way to it."""
-
-    def __init__(self, digests: list[int]) -> None:
-        self._digests = digests
-        self._known: dict[tuple[int, ...], tuple[list[int], list[tuple[int, int]], int]] = {
-            (): ([0] * len(digests), [], 0)
-        }
-
-    def _of(self, text: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]], int]:
-        """By layer what is folded so far, and the last token's entry; its hash."""
-        if text not in self._known:
-            folded, _, _ = self._of(text[:-1])
-            place, folds, entries = len(text) - 1, [], []
-            word = mixed_one((text[-1] * TOKEN + place * POSITION + 1) & MASK)
-            for fold, one in zip(folded, self._digests, strict=True):
-                key = mixed_one(word ^ one) & EVEN
-                value = mixed_one(key) & EVEN
-                folds.append((fold + PLACES[place] * (3 * key + value)) & MASK)
-                word = mixed_one((word + folds[-1]) & MASK)
-                entries.append((key, value))
-            self._known[text] = folds, entries, word
-        return self._known[text]
-
-    def logits(self, text: tuple[int, ...], disagreement: int = 0) -> torch.Tensor:
-        """(V,) after a text."""
-        return torch.from_numpy(logits_of(np.array([self._of(text)[2]], dtype=np.uint64), disagreement)[0])
-
-    def entries(self, text: tuple[int, ...]) -> Words:
-        """Keys and values of a text: (2, L, T)."""
-        columns = [self._of(text[: place + 1])[1] for place in range(len(text))]
-        return np.array(columns, dtype=np.uint64).reshape(len(text), len(self._digests), 2).transpose(2, 1, 0)
-
-
-# --- on a backend ---
 
 
 @dataclass(frozen=True)
@@ -315,9 +246,9 @@ class ToyEngine:
         weights.fill(0)
         lengths = zip(rows.prefix.tolist(), rows.paths.tolist(), rows.path_lens.tolist(), strict=True)
         for row, (prefix, path, length) in enumerate(lengths):
-            weights[row, :prefix] = _PLACES[:prefix]
+            weights[row, :prefix] = WORD_PLACES[:prefix]
             for step, slot in enumerate(path[:length]):
-                weights[row, slot : slot + 1] += _PLACES[prefix + step]
+                weights[row, slot : slot + 1] += WORD_PLACES[prefix + step]
 
     def _exact_layer(
         self,
