@@ -19,7 +19,7 @@ from step_runs import Case, Run, drawn
 from subspec.memory.backend import Backend, Event, Stream
 from subspec.memory.backend.checked import CheckedBackend
 from subspec.memory.backend.simulated import SimulatedBackend
-from subspec.memory.exchange import ALIGNMENT, Exchange, Pending, Ring
+from subspec.memory.exchange import Exchange, Pending, Ring
 from subspec.memory.hazards import HazardChecker
 from subspec.models.kv_ledger import KVLedger
 from subspec.speculation.ahead import _Steps
@@ -144,12 +144,9 @@ def sent_beside(exchange: Exchange, target: torch.Tensor, values: torch.Tensor) 
     backend.copy(backend.stream("side"), target, values.clone(), "upload")
 
 
-def region_at_once(ring: Ring, n_bytes: int) -> tuple[torch.Tensor, Event]:
+def first_region(ring: Ring, n_bytes: int) -> tuple[torch.Tensor, Event]:
     """A mutant of ``Ring.region``: it does not wait for the copies out of what it hands out again."""
-    size = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-    start = ring._next if ring._next + size <= len(ring._memory) else 0
-    ring._next = start + size
-    return ring._memory[start : start + n_bytes], ring._event()
+    return ring._memory[:n_bytes], ring._event()
 
 
 def drafts_in_place(patch: pytest.MonkeyPatch) -> None:
@@ -180,7 +177,7 @@ def without_ledger(patch: pytest.MonkeyPatch) -> None:
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the summary is not waited for": lambda patch: patch.setattr(Exchange, "take", taken_at_once),
     "uploads are not waited for": lambda patch: patch.setattr(Exchange, "send", sent_beside),
-    "regions are handed out too early": lambda patch: patch.setattr(Ring, "region", region_at_once),
+    "regions are handed out too early": lambda patch: patch.setattr(Ring, "region", first_region),
     "drafts go to the slots of what is verified": drafts_in_place,
     "a commit keeps a draft's entries": keeps_drafts,
 }

@@ -16,9 +16,8 @@ Words = NDArray[np.uint64]
 VOCABULARY = 12
 MASK, EVEN = (1 << 64) - 1, (1 << 64) - 2
 TOKEN, POSITION, FACTOR = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9
-PLACES = [
-    random.Random(7).getrandbits(64) | 1 for _ in range(64)
-]  # what the entries of a text are multiplied by
+_RANDOM = random.Random(7)
+PLACES = [_RANDOM.getrandbits(64) | 1 for _ in range(64)]  # what a text's entries are multiplied by, in order
 WORD_PLACES = np.array(PLACES, dtype=np.uint64)
 _BITS = np.arange(VOCABULARY, dtype=np.uint64) * np.uint64(5)
 _QUARTER = np.full(VOCABULARY, 0.25, dtype=np.float32)
