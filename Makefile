@@ -23,7 +23,7 @@ contract: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The stamp is older than the recipe's inputs whenever a dependency, the package's metadata or a kernel changed.
 install: $(VENV)/installed

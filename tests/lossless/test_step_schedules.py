@@ -5,7 +5,7 @@ and schedule, under the hazard checker and the ledger of exact entries: every co
 and every entry of the cache is what a plain loop makes.  Then a step is made wrong, and it shows.
 
 An order costs some 18 ms, a third of that for the checker, the rest spread over simulated operations and
-those of small tensors.  Hence 4,000 of them; ``test_schedules`` has more, of sweeps alone.
+those of small tensors.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from subspec.speculation.harvest import Harvest
 from subspec.speculation.levels import Levels
 from subspec.speculation.verify import Walk
 
-SCHEDULES, BATCH = 4_000, 1_000
+SCHEDULES, BATCH = 10_000, 1_000
 
 SITUATIONS = (
     "gap passes finished",

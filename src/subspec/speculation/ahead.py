@@ -284,9 +284,9 @@ class _Steps:
             self._outlook.begin(planted.scores, planted.frontier)
 
     def _entry(self, grown: Harvest, node: int) -> int:
-        """The slot of a surviving node's entry: the draft's, as what is below the bonus was not verified."""
+        """The slot of a node's newest entry: exact if the sweep verified it, else the draft's."""
         place, shape = grown.places[node], self._levels.shape
-        if grown.tree.depths[node] != self._shadowed:
+        if grown.tree.depths[node] != self._shadowed or node in grown.verified:
             return self._base + place
         return self._base + shape.nodes + (0 if place == 0 else (place - 1) % shape.width)
 
