@@ -36,7 +36,9 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/
 
 # On a machine with a CUDA device: all that needs one, into gpu-report.json.  Torch brings the Triton it wants.
 # `make gpu-check MODEL=path VRAM=8GiB RAM=32GiB`; TORCH and TORCH_INDEX choose another build of torch.
-gpu-check: $(GPU_VENV)/installed
+gpu-check:
+	@command -v nvidia-smi > /dev/null || { echo "error: there is no NVIDIA driver here (no nvidia-smi): this check is about a GPU" >&2; exit 2; }
+	$(MAKE) $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(if $(MODEL),--model "$(MODEL)") $(if $(VRAM),--vram "$(VRAM)") $(if $(RAM),--ram "$(RAM)")
 
 $(GPU_VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/subspec/kernels/cpu/*) src/subspec/kernels/build.py

@@ -13,6 +13,7 @@ torch finds no CUDA device.  Runs each stage in a process of its own, and itself
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -250,16 +251,34 @@ def main() -> int:
     parser.add_argument("--model", default="demo", help="path or hub id  [default: the demo model]")
     parser.add_argument("--vram", help="most that may be held in the device's memory")
     parser.add_argument("--ram", help="most that may be pinned behind it")
-    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
+    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"), help="the report to write")
     options = parser.parse_args()
+    if problem := _unusable(options):
+        sys.stderr.write(f"error: {problem}\n")
+        return NO_DEVICE
     with tempfile.TemporaryDirectory(prefix="subspec-gpu-check-") as folder:
         report = check(stages(options, Path(folder)), run, _say)
     record = json.dumps({**report, "options": vars(options)}, indent=1, default=str)
     options.out.write_text(_without_home(record) + "\n")
-    _say(f"\n{report['text']}\n\nThe report is in {options.out}: please send it back.")
+    _say(f"\n{report['text']}\n")
     if report["device"] is None:
-        sys.stderr.write("error: no CUDA device was found, and this check is about one\n")
+        sys.stderr.write(
+            f"error: no CUDA device was found, and this check is about one ({options.out} has why)\n"
+        )
+    else:
+        _say(f"The report is in {options.out}: please send it back.")
     return exit_code(report)
+
+
+def _unusable(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, before anything runs that would be lost."""
+    for name in ("vram", "ram"):
+        size = getattr(options, name)
+        if size is not None and not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", size):
+            return f"--{name} {size} is not a size: write for example 8GiB"
+    if not options.out.absolute().parent.is_dir():
+        return f"--out {options.out}: there is no such directory"
+    return None
 
 
 def _say(line: str) -> None:

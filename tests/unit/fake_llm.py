@@ -22,6 +22,8 @@ FIGURES: dict[str, Any] = {
 @dataclass(frozen=True)
 class Plan:
     budget_bytes: int = 100 * MIB
+    host_budget_bytes: int | None = None
+    budgets: str = "100.00MiB"
 
     def explain(self) -> str:
         return "24 of 30 layers streamed"

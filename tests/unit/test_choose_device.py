@@ -76,7 +76,8 @@ def test_an_emulated_device_shares_what_ram_there_is() -> None:
     whole = default_ram(FREE)
     assert chosen("emulated") == Budgets("emulated", whole // 2, whole - whole // 2)
     assert chosen("emulated", vram=whole - MIB).host_bytes == MIB
-    assert chosen("emulated", vram=whole + MIB).host_bytes == 0
+    with pytest.raises(OptionError, match="leaves nothing"):
+        chosen("emulated", vram=whole + MIB)
 
 
 def test_a_system_that_says_nothing_of_its_memory_must_be_told() -> None:
@@ -149,3 +150,27 @@ def test_what_the_driver_says_is_passed_on(monkeypatch: pytest.MonkeyPatch, erro
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "current_device", ask)
     assert why_no_gpu() == "Found no NVIDIA driver on your system"
+
+
+def test_emulated_budgets_are_taken_from_what_is_free() -> None:
+    def chosen(vram: str | None, ram: str | None) -> Budgets:
+        return choose_device("emulated", "auto", vram, ram, None, free_ram_bytes=16 * GIB)
+
+    made = chosen("2GiB", "3GiB")
+    assert (made.fast_bytes, made.host_bytes) == (2 * GIB, 3 * GIB)
+    with pytest.raises(OptionError, match=r"--vram 10.00GiB and --ram 7.00GiB .* 16.00GiB are free: lower"):
+        chosen("10GiB", "7GiB")
+    with pytest.raises(OptionError, match=r"--vram 15.00GiB leaves nothing .*: lower it, or give --ram"):
+        chosen("15GiB", None)
+
+
+def test_a_size_that_is_none_names_its_option() -> None:
+    with pytest.raises(OptionError, match="--ram: 'xx' is not a size"):
+        choose_device("emulated", "auto", "1GiB", "xx", None, free_ram_bytes=16 * GIB)
+    with pytest.raises(OptionError, match=r"--vram: 1.5 is no number of bytes"):
+        choose_device("emulated", "auto", 1.5, None, None, free_ram_bytes=16 * GIB)  # type: ignore[arg-type]
+
+
+def test_more_ram_than_is_free_is_refused_on_a_gpu() -> None:
+    with pytest.raises(OptionError, match=r"--ram 32.00GiB: 16.00GiB are free: lower it"):
+        choose_device("cuda", "auto", None, "32GiB", ADA, free_ram_bytes=16 * GIB)

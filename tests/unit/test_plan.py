@@ -251,5 +251,8 @@ def test_the_plan_explains_itself_in_numbers() -> None:
 def test_the_error_names_the_parts_and_the_remedies() -> None:
     with pytest.raises(BudgetError) as caught:
         plan(BIG, 100 * MIB)
-    for word in ("substitutes", "kv cache", "slots", "workspace", "100.00MiB", "--memory", "--context"):
+    for word in ("substitutes", "kv cache", "slots", "workspace", "100.00MiB", "--memory"):
         assert word in str(caught.value)
+    assert "--context" not in str(caught.value), "no context is short enough"
+    with pytest.raises(BudgetError, match="or lower --context"):
+        plan(BIG, 1150 * MIB)

@@ -21,7 +21,7 @@ def print_answer(
     return result
 
 
-def summary_line(result: "Result", budget_bytes: int) -> str:
+def summary_line(result: "Result", budgets: str) -> str:
     """Tokens, tokens/s, acceptance length, bytes streamed, and the process's peak beside the budget."""
     from subspec.memory.tiers import format_size, peak_memory_bytes
 
@@ -31,7 +31,7 @@ def summary_line(result: "Result", budget_bytes: int) -> str:
         parts.append(f"acceptance length {statistics.acceptance_length:.1f}")
     parts.append(f"streamed {format_size(statistics.streamed_bytes)}")
     parts.append(f"prefill {statistics.prefill_s:.1f} s")
-    parts.append(f"peak {format_size(peak_memory_bytes())} (budget {format_size(budget_bytes)})")
+    parts.append(f"peak {format_size(peak_memory_bytes())} (budget {budgets})")
     if result.finish_reason in ("length", "context"):
         parts.append(f"cut off by the {result.finish_reason} limit")
     return " · ".join(parts)

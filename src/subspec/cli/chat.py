@@ -62,10 +62,10 @@ def chat(
         TerminalProgress() as progress,
         options.open_llm(model, progress, **engine, **tree) as llm,
     ):
-        budget_bytes = llm.plan.budget_bytes
+        budgets = llm.plan.budgets
         Chat(
             llm,
             params,
             system=system,
-            summarize=lambda result: summary_line(result, budget_bytes),
+            summarize=lambda result: summary_line(result, budgets),
         ).run()

@@ -1,7 +1,7 @@
 """``subspec demo``: the whole thing on a small model, from fetching it to identical tokens."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,10 +38,12 @@ def demo(
 ) -> None:
     """Fetch and prepare a small model, then answer in less memory than it needs, plain and speculative."""
     from subspec.checkpoint.embedded import fetch_demo
+    from subspec.planning.device import budgets_here
 
     params = options.sampling(max_new_tokens=max_new_tokens)
-    budgets = {"vram": vram, "ram": ram, "device": device.value}
+    budgets: dict[str, Any] = {"vram": vram, "ram": ram, "device": device.value}
     budgets["memory"] = MEMORY if memory is None and vram is None else memory
+    budgets_here(**budgets)  # before anything is fetched
     with TerminalProgress() as progress:
         print("Fetching the model …", flush=True)
         fetch_demo(lambda step: print(f"  {step}", flush=True))
@@ -53,11 +55,11 @@ def demo(
                 llm.reset()
                 print(f"── {mode} ──", flush=True)
                 results[mode] = print_answer(llm, prompt, params, mode=mode)
-            budget_bytes = llm.plan.budget_bytes
-    _compare(results["plain"], results["speculative"], budget_bytes)
+            held = llm.plan.budgets
+    _compare(results["plain"], results["speculative"], held)
 
 
-def _compare(plain: "Result", speculative: "Result", budget_bytes: int) -> None:
+def _compare(plain: "Result", speculative: "Result", budgets: str) -> None:
     """Print both runs' figures; exit with 1 if the tokens differ."""
     from subspec.memory.tiers import format_size, peak_memory_bytes
 
@@ -70,7 +72,7 @@ def _compare(plain: "Result", speculative: "Result", budget_bytes: int) -> None:
     if plain.statistics.tok_s:
         print(f"speed-up     {speculative.statistics.tok_s / plain.statistics.tok_s:.2f} ×")
     peak = format_size(peak_memory_bytes())
-    print(f"memory       peak of the process {peak}, budget of the engine {format_size(budget_bytes)}")
+    print(f"memory       peak of the process {peak}, budget of the engine {budgets}")
     if plain.token_ids != speculative.token_ids:
         print("error: the two modes gave different tokens", file=sys.stderr)
         raise typer.Exit(1)

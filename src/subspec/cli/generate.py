@@ -110,7 +110,7 @@ def generate(
             print(json.dumps(_record(llm, llm.generate(question, params, raw=raw)), indent=2))
             return
         result = print_answer(llm, question, params, raw=raw)
-        print(summary_line(result, llm.plan.budget_bytes), file=sys.stderr)
+        print(summary_line(result, llm.plan.budgets), file=sys.stderr)
 
 
 def _question(prompt: str | None, system: str | None, raw: bool) -> str | list[dict[str, str]]:
@@ -151,4 +151,5 @@ def _record(llm: "LLM", result: "Result") -> dict[str, Any]:
         "text": result.text,
         "peak_bytes": peak_bytes,
         "budget_bytes": llm.plan.budget_bytes,
+        "host_budget_bytes": llm.plan.host_budget_bytes,
     }

@@ -80,6 +80,8 @@ def parse_size(text: str | int) -> int:
     Raises:
         OptionError: not a size, or not positive.
     """
+    if isinstance(text, float):
+        raise OptionError(f'{text!r} is no number of bytes: write for example "1.5GiB", or 2000000000')
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
     factor = _UNITS.get(match.group(2).upper()) if match else None
     size = float(match.group(1)) * factor if match is not None and factor is not None else 0.0

@@ -114,19 +114,25 @@ def choose_device(
         return _emulated(_fast_size(memory, vram), ram, free_ram_bytes)
     if device == "cuda" or (device == "auto" and gpu is not None and gpu.usable):
         found = _required(gpu, why_none)
-        fast = _given(_fast_size(memory, vram))
+        fast = _given(_fast_size(memory, vram), "--vram")
         if fast is None:
             fast = default_vram(found.free_bytes, found.total_bytes)
         elif fast > found.total_bytes:
             raise OptionError(f"--vram {format_size(fast)}: {found} has {format_size(found.total_bytes)}")
-        host = _given(ram)
-        return Budgets("cuda", fast, default_ram(free_ram_bytes) if host is None else host, found)
+        host = _given(ram, "--ram")
+        if host is None:
+            host = default_ram(free_ram_bytes)
+        elif free_ram_bytes is not None and host > free_ram_bytes:
+            raise OptionError(f"--ram {format_size(host)}: {format_size(free_ram_bytes)} are free: lower it")
+        return Budgets("cuda", fast, host, found)
     for option, size in (("--vram", vram), ("--ram", ram)):
         if size is not None and size != AUTO:
+            remedy = "leave it out" if _given(memory, "--memory") is not None else "use --memory"
             raise OptionError(
-                f"{option} is for a CUDA device, and {_lack(device, gpu, why_none)}: use --memory"
+                f"{option} is for a CUDA device, and {_lack(device, gpu, why_none)}: {remedy}, or play a "
+                "device in RAM with --device emulated"
             )
-    fast = _given(memory)
+    fast = _given(memory, "--memory")
     return Budgets("cpu", default_memory(free_ram_bytes) if fast is None else fast)
 
 
@@ -162,25 +168,40 @@ def why_no_gpu() -> str:
     return "the driver lists none"
 
 
-def _given(size: Size) -> int | None:
-    """Bytes of a size; None if the choice is left open."""
-    return None if size is None or size == AUTO else parse_size(size)
+def _given(size: Size, option: str) -> int | None:
+    """Bytes of an option's size; None if the choice is left open."""
+    if size is None or size == AUTO:
+        return None
+    try:
+        return parse_size(size)
+    except OptionError as error:
+        raise OptionError(f"{option}: {error}") from error
 
 
 def _fast_size(memory: Size, vram: Size) -> Size:
     """The size of a device's memory that was asked for under either name."""
-    if _given(memory) is not None and _given(vram) is not None:
+    if _given(memory, "--memory") is not None and _given(vram, "--vram") is not None:
         raise OptionError("--memory means --vram on a device: give one of them")
-    return vram if _given(memory) is None else memory
+    return vram if _given(memory, "--memory") is None else memory
 
 
 def _emulated(vram: Size, ram: Size, free_ram_bytes: int | None) -> Budgets:
     """Both tiers are taken from RAM: what is not said shares what ``--ram auto`` would take."""
-    fast, host = _given(vram), _given(ram)
+    fast, host = _given(vram, "--vram"), _given(ram, "--ram")
     if fast is None:
         fast = default_ram(free_ram_bytes) // 2
     if host is None:
         host = max(default_ram(free_ram_bytes) - fast, 0)
+    if free_ram_bytes is not None and fast + host > free_ram_bytes:
+        raise OptionError(
+            f"--vram {format_size(fast)} and --ram {format_size(host)} are both taken from RAM, of which "
+            f"{format_size(free_ram_bytes)} are free: lower them"
+        )
+    if host == 0:
+        raise OptionError(
+            f"--vram {format_size(fast)} leaves nothing of the RAM that may be taken here: lower it, or give "
+            "--ram"
+        )
     return Budgets("emulated", fast, host)
 
 

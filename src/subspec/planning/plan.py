@@ -112,6 +112,13 @@ class Plan:
         return sum(self.host_parts.values())
 
     @property
+    def budgets(self) -> str:
+        """The budget, or both of them, in a few words."""
+        if self.host_budget_bytes is None:
+            return format_size(self.budget_bytes)
+        return f"{format_size(self.budget_bytes)} VRAM, {format_size(self.host_budget_bytes)} RAM"
+
+    @property
     def copied_bytes(self) -> int:
         """What one sweep copies over the device's link: all that is streamed; 0 without a device."""
         return self.streamed_bytes if self.device_tier else 0
@@ -225,7 +232,9 @@ def _spend(
     if held is None:
         least = min(slots * slot_bytes, sum(images.layers) + sum(images.chunks))
         option = "--vram" if device else "--memory"
-        raise _too_small(request.budget_bytes, {**parts, "slots": least}, option, ", or lower --context")
+        needed = {**parts, "slots": least}
+        helps = sum(needed.values()) - parts["kv_cache"] < request.budget_bytes
+        raise _too_small(request.budget_bytes, needed, option, ", or lower --context" if helps else "")
     streamed = held.streamed_bytes(images)
     slots, slot_bytes = (slots, slot_bytes) if streamed else (0, 0)
     return Plan(
@@ -264,7 +273,9 @@ def _behind(
     room = budget_bytes - sum(parts.values())
     staging = 0 if streamed <= room else STAGING_BYTES
     if room < min(streamed, STAGING_BYTES):
-        raise _too_small(budget_bytes, {**parts, "staging": min(streamed, STAGING_BYTES)}, "--ram")
+        needed = {**parts, "staging": min(streamed, STAGING_BYTES)}
+        otherwise = ", or raise --vram so that less is streamed" if streamed else ""
+        raise _too_small(budget_bytes, needed, "--ram", otherwise)
     resting = choose_resting(images, held, room - staging)
     resting_bytes = resting.held_bytes(images)
     return {

@@ -47,7 +47,7 @@ class ThreadBackend:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.compute = Stream("compute", host=False)
-        self.eager: str | None = "a call costs a thread nothing"
+        self.eager: str | None = "nothing to capture on a CPU"
         self._streams: list[_Stream] = []
         self._changed = threading.Condition()
 
