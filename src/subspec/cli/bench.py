@@ -153,10 +153,9 @@ def _publish(record: dict[str, Any], out: Path | None) -> None:
         write_json(record, out)
     console = Console(stderr=out is None)
     console.print(table(record["runs"], record["summary"]))
-    peak, budget = (
-        format_size(record["peak_bytes"]),
-        format_size(record["budget_bytes"]),
-    )
+    peak, budget = format_size(record["peak_bytes"]), format_size(record["budget_bytes"])
+    if record["host_budget_bytes"] is not None:
+        budget += f" VRAM, {format_size(record['host_budget_bytes'])} RAM"
     speed = record["link_bytes_per_s"]
     link = f"link {speed / 1e9:.2f} GB/s" if speed else "nothing streamed"
     console.print(f"peak {peak} · budget {budget} · {link}", highlight=False)
