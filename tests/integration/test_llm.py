@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from subspec import LLM, SamplingParams
 from subspec.errors import BudgetError, ContextError, OptionError, StoreError
-from subspec.generation import llm as llm_module
+from subspec.generation import building
 from subspec.memory import arena
 from subspec.planning.cost import SweepCosts
 from subspec.store.manifest import Manifest
@@ -318,7 +318,7 @@ def test_the_plan_is_what_is_held(
         return real(n_bytes, device)
 
     monkeypatch.setattr(arena, "place_bytes", counted)
-    monkeypatch.setattr(llm_module, "measure_costs", lambda _: SweepCosts())  # keep as many as fit
+    monkeypatch.setattr(building, "measure_costs", lambda _: SweepCosts())  # keep as many as fit
     memory = 1 << 30 if resident is None else streaming_budget(store, resident)
     with LLM(store, memory, context=CONTEXT) as llm:
         held, parts = llm.engine.places.budget.held, llm.plan.parts

@@ -10,7 +10,7 @@ from device_subjects import little_staging
 from tiny import write_tiny
 
 from subspec import LLM, SamplingParams
-from subspec.generation import llm as llm_module
+from subspec.generation import building
 from subspec.planning.cost import SweepCosts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +71,7 @@ def expected(stores: dict[str, Path]) -> list[list[int]]:
 def test_the_text_is_that_of_raw_weights(
     stores: dict[str, Path], expected: list[list[int]], costs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_module, "measure_costs", lambda _: COSTS[costs])
+    monkeypatch.setattr(building, "measure_costs", lambda _: COSTS[costs])
     least, unit = least_budget(stores["residual"], context=96, prefill_rows=5)
     forms = set()
     for budget in (least, least + unit, least + 3 * unit, least + 6 * unit, 64 << 20):

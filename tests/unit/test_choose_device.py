@@ -9,7 +9,7 @@ from tiny import write_tiny
 
 from subspec import LLM
 from subspec.errors import OptionError
-from subspec.generation import llm as llm_module
+from subspec.generation import building
 from subspec.memory.tiers import GIB, MIB, default_memory, default_ram, default_vram
 from subspec.planning import device as room
 from subspec.planning.device import Budgets, GpuFacts, budgets_here, choose_device, gpu_facts, why_no_gpu
@@ -124,7 +124,7 @@ def test_the_public_api_plans_with_the_budgets_of_the_device(
         plans.append(plan)
         raise OptionError("planned")
 
-    monkeypatch.setattr(llm_module, "_built", build)
+    monkeypatch.setattr(building, "built", build)
     model = write_tiny(tmp_path / "model", "qwen2", torch.bfloat16)
     given: dict[str, Any] = {"store": tmp_path / "store", "context": 64}
     with pytest.raises(OptionError, match="planned"):

@@ -7,7 +7,9 @@ import torch
 from budgets import least_budget
 from tiny import write_tiny
 
-from subspec import LLM, DeviceMemoryError, SamplingParams
+from subspec import LLM, DeviceMemoryError, PinningError, SamplingParams
+from subspec.engine.places import Places
+from subspec.generation import building
 from subspec.memory import arena
 from subspec.memory.arena import Arena
 from subspec.memory.exhausted import explanation
@@ -60,3 +62,36 @@ def test_a_text_broken_off_by_it_leaves_the_model_usable(
         with pytest.raises(DeviceMemoryError, match="lower --memory"):
             llm.generate(PROMPT, PARAMS)
         assert llm.generate(PROMPT, PARAMS).token_ids == expected
+
+
+def test_a_model_that_cannot_be_built_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = prepare(write_tiny(tmp_path / "model", "qwen2", torch.bfloat16), store=tmp_path / "store")
+    before = open_files()
+
+    def refuse(*_: object) -> None:
+        raise PinningError("pinning failed: lower --ram")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Places, "pin", refuse)
+        with pytest.raises(PinningError, match="lower --ram"):
+            LLM(store, vram="64MiB", ram="64MiB", device="emulated", context=64)
+        assert open_files() == before
+
+    def exhaust(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "Ahead", exhaust)
+        with pytest.raises(DeviceMemoryError, match="lower --vram"):
+            LLM(store, vram="64MiB", ram="64MiB", device="emulated", context=64)
+        assert open_files() == before
+    with LLM(store, vram="64MiB", ram="64MiB", device="emulated", context=64) as llm:
+        assert llm.generate(PROMPT, PARAMS).token_ids
+
+
+def open_files() -> set[str]:
+    """Files of a store that the process has open."""
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return {str(link) for link in links if "store" in str(link)}

@@ -7,26 +7,21 @@ from typing import Any, Self
 
 from subspec.engine import Engine
 from subspec.errors import ContextError, OptionError
+from subspec.generation import building
 from subspec.generation.answer import Answer
 from subspec.generation.clock import Clock
 from subspec.generation.prompt import Prompt, encode, load_tokenizer
 from subspec.generation.results import Piece, Result
-from subspec.memory.backend.cuda import CudaBackend
-from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.exhausted import exhausted
 from subspec.memory.timeline import Timeline, recorded
 from subspec.planning.device import AUTO, budgets_here
-from subspec.planning.hardware import measure_costs, stored_images
-from subspec.planning.plan import Plan, Request, make_plan
+from subspec.planning.plan import Plan, Request
 from subspec.speculation.adaptive import Speculator
 from subspec.speculation.ahead import Ahead
-from subspec.speculation.calibration import calibrations
 from subspec.speculation.decode import Commit, decode
 from subspec.speculation.draft import TreeShape
 from subspec.speculation.learner import Learner
-from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler, SamplingParams
-from subspec.speculation.times import StepTimes
 from subspec.store.calibration import load_calibration, save_calibration
 from subspec.store.prepare import prepare
 from subspec.store.reader import Store
@@ -107,9 +102,9 @@ class LLM:
         opened = Store(self.store_path)
         self.config, self.name = opened.config, opened.manifest.name
         budgets.require_dtype(opened.manifest.dtype)
-        self.plan: Plan = _planned(opened, request)
-        self.engine = _built(opened, self.plan, self.device, progress, paranoid)
-        self.tree: TreeShape | Speculator | Ahead = _tree(
+        self.plan: Plan = building.planned(opened, request)
+        self.engine = building.built(opened, self.plan, self.device, progress, paranoid)
+        self.tree: TreeShape | Speculator | Ahead = building.tree(
             self.plan, self.engine, load_calibration(self.store_path)
         )
         self.tokenizer: Any = load_tokenizer(self.store_path / "tokenizer")
@@ -262,41 +257,6 @@ def _explained(commits: Iterator[Commit], engine: Engine) -> Iterator[Commit]:
         if commit is None:
             return
         yield commit
-
-
-def _planned(store: Store, request: Request) -> Plan:
-    """The plan for a store; what this machine can do is measured only where it decides something."""
-    small_bytes = store.manifest.files["small.safetensors"].n_bytes
-    sizes = store.config, store.dtype.itemsize, small_bytes, request, stored_images(store)
-    plan = make_plan(*sizes)
-    if plan.device_tier or store.manifest.codec == "raw" or plan.all_plain(store.config.layers):
-        return plan  # the trial is of the CPU's kernels: it says nothing of a device's
-    return make_plan(*sizes, measure_costs(store))
-
-
-def _built(
-    store: Store,
-    plan: Plan,
-    device: str,
-    progress: Callable[[str, int, int], None] | None,
-    paranoid: bool,
-) -> Engine:
-    """The engine that runs a plan on a device."""
-    backend = CudaBackend() if device == "cuda" else ThreadBackend()
-    return Engine(store, plan, progress, paranoid=paranoid, backend=backend)
-
-
-def _tree(plan: Plan, engine: Engine, learnt: dict[str, dict[str, float]]) -> TreeShape | Speculator | Ahead:
-    """What drafts under a plan, from where earlier processes got to."""
-    policy = None
-    if plan.adaptive:
-        policy = Policy(StepTimes(), width=plan.width, nodes=plan.nodes, depth=plan.depth)
-    if plan.device_tier:
-        grown_on = engine.cache.keys.device
-        ahead = Ahead(plan.tree, engine.config.vocab_size, grown_on, calibrations(learnt), policy)
-        engine.settle()
-        return ahead
-    return plan.tree if policy is None else Speculator(policy, calibrations(learnt), plan.tree_slots)
 
 
 def _checked_mode(mode: str) -> str:
