@@ -23,7 +23,7 @@ contract: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The stamp is older than the recipe's inputs whenever a dependency, the package's metadata or a kernel changed.
 install: $(VENV)/installed
