@@ -30,6 +30,14 @@ def least_device_budgets(store: Path, **wishes: Any) -> tuple[int, int, int]:
     return vram, ram, unit
 
 
+def device_plan(store: Path, vram: int, ram: int, **wishes: Any) -> Plan:
+    """The plan for a store on a device."""
+    opened = Store(store)
+    made = _plan(opened, Request(vram, **wishes, host_bytes=ram))
+    opened.close()
+    return made
+
+
 def _plan(store: Store, request: Request) -> Plan:
     """The plan for a request."""
     small = store.manifest.files["small.safetensors"].n_bytes

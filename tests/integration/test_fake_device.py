@@ -6,12 +6,12 @@ levels, the steps.  What the host reads back is made up by the same tensor code 
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from budgets import PLENTY, device_plan, least_device_budgets
 from fake_cuda import FakeCuda, HiddenSyncError
 from tiny import write_tiny
 
@@ -21,8 +21,7 @@ from subspec.memory.streamer import Streamer
 from subspec.models.linear import ExactProduct
 from subspec.planning import parts
 from subspec.planning import plan as planning
-from subspec.planning.hardware import stored_images
-from subspec.planning.plan import Plan, Request, make_plan
+from subspec.planning.plan import Plan
 from subspec.speculation import ahead as ahead_module
 from subspec.speculation.ahead import Ahead
 from subspec.speculation.calibration import calibrations
@@ -80,45 +79,18 @@ def _small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_of(store: Path, placement: str, **wishes: int) -> Plan:
     """A plan that keeps everything, or streams from RAM, from RAM and disk, or from disk alone."""
-    opened = Store(store)
-    small = opened.manifest.files["small.safetensors"].n_bytes
-    made = partial(make_plan, opened.config, opened.dtype.itemsize, small)
-
-    def planned(vram: int, ram: int) -> Plan:
-        request = Request(vram, CONTEXT, **wishes, host_bytes=ram)
-        return made(request, stored_images(opened))
-
-    def least(fits: Callable[[int], object]) -> int:
-        low, high = 0, 1 << 30
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                fits(middle)
-                high = middle
-            except Exception:  # noqa: BLE001 - whatever it says, it does not fit
-                low = middle
-        return high
-
-    try:
-        if placement == "resident":
-            return planned(1 << 30, 1 << 30)
-        vram = least(lambda size: planned(size, 1 << 30))
-        ram = least(lambda size: planned(vram, size))
-        if placement == "RAM":
-            return planned(vram, 1 << 30)
-        found = planned(
-            vram, ram + (found_room(planned(vram, 1 << 30)) if placement == "RAM and disk" else 0)
-        )
-        assert found.disk_bytes
-        assert bool(found.host_layers) == (placement == "RAM and disk")
-        return found
-    finally:
-        opened.close()
-
-
-def found_room(plan: Plan) -> int:
-    """Room for about half of what is streamed."""
-    return plan.streamed_bytes // 2
+    vram, ram, _ = least_device_budgets(store, context=CONTEXT, **wishes)
+    half = device_plan(store, vram, PLENTY, context=CONTEXT, **wishes).streamed_bytes // 2
+    budgets = {
+        "resident": (PLENTY, PLENTY),
+        "RAM": (vram, PLENTY),
+        "RAM and disk": (vram, ram + half),
+        "disk": (vram, ram),
+    }
+    found = device_plan(store, *budgets[placement], context=CONTEXT, **wishes)
+    assert (found.disk_bytes > 0) == ("disk" in placement)
+    assert bool(found.host_layers) == ("RAM" in placement)
+    return found
 
 
 class Eager(Policy):

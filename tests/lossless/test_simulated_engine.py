@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import PLENTY, least_device_budgets
+from budgets import PLENTY, device_plan, least_device_budgets
 from device_subjects import little_staging
 from drafters import Run, _run, run_plain
 from test_adaptive import ByChance
@@ -25,8 +25,6 @@ from subspec.memory.hazards import SWITCH, HazardError
 from subspec.memory.schedule import Schedule
 from subspec.memory.streamer import Streamer
 from subspec.models.kv_ledger import InexactError
-from subspec.planning.hardware import stored_images
-from subspec.planning.plan import Plan, Request, make_plan
 from subspec.speculation.ahead import Ahead
 from subspec.speculation.calibration import calibrations
 from subspec.speculation.draft import TreeShape
@@ -50,20 +48,12 @@ class Model:
         with little_staging():
             vram, ram, unit = least_device_budgets(self.store, **BOUNDS)
             self.plans = {
-                "RAM": self._plan(vram, PLENTY),
-                "RAM and disk": self._plan(vram, ram + unit),
-                "disk": self._plan(vram, ram),
+                "RAM": device_plan(self.store, vram, PLENTY, **BOUNDS),
+                "RAM and disk": device_plan(self.store, vram, ram + unit, **BOUNDS),
+                "disk": device_plan(self.store, vram, ram, **BOUNDS),
             }
         assert self.plans["RAM and disk"].host_layers
         assert self.plans["disk"].disk_bytes == self.plans["disk"].streamed_bytes > 0
-
-    def _plan(self, vram: int, ram: int) -> Plan:
-        opened = Store(self.store)
-        small = opened.manifest.files["small.safetensors"].n_bytes
-        request = Request(vram, **BOUNDS, host_bytes=ram)
-        plan = make_plan(opened.config, opened.dtype.itemsize, small, request, stored_images(opened))
-        opened.close()
-        return plan
 
     def plain(self, sampling: str) -> Run:
         if sampling not in self._plain:

@@ -167,10 +167,10 @@ class Engine:
         hidden = self._embedded(rows)
         ledger = self._entered(rows, exact=False)
         for index, layer in enumerate(self._draft_layers):
-            self._launch(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
+            self.run(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
         logits = self._logits(len(rows))
-        self._launch(lambda: self.weights.draft_head(self._normed(hidden), logits), "draft head")
+        self.run(lambda: self.weights.draft_head(self._normed(hidden), logits), "draft head")
         if self.timeline is not None and not self.schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)
@@ -190,7 +190,7 @@ class Engine:
 
     def draft_level(self, key: object) -> None:
         """The whole draft pass that was captured under a key, and its ``then`` with the logits."""
-        self._launch(self._captured[key], "draft")
+        self.run(self._captured[key], "draft")
 
     @property
     def eager(self) -> str | None:
@@ -215,11 +215,11 @@ class Engine:
             drafts: how many are a draft's.
         """
         if self.ledger is not None:
-            self._launch(partial(self.ledger.moved, sources, targets, drafts), "commit")
+            self.run(partial(self.ledger.moved, sources, targets, drafts), "commit")
         moved = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1]]
         if moved:
             origin, target = (self._uploaded(torch.tensor(column)) for column in zip(*moved, strict=True))
-            self._launch(partial(self.cache.move, origin, target), "commit")
+            self.run(partial(self.cache.move, origin, target), "commit")
 
     def upload(self, rows: Rows) -> Rows:
         """The same rows where passes compute."""
@@ -230,8 +230,8 @@ class Engine:
         return self if self.exchange is None else HostView(self)
 
     def run(self, work: Callable[[], object], note: str) -> None:
-        """Launch ``work``, which computes in place with what passes left on the device."""
-        self._launch(work, note)
+        """Launch ``work`` on the compute stream; it computes in place with what passes left there."""
+        self._backend.launch(self._backend.compute, work, note=note)
 
     def settle(self) -> None:
         """Wait for a device to finish what was done outside of launches, such as the making of tensors."""
@@ -276,14 +276,10 @@ class Engine:
             k=self._small.get(layer_tensor(index, "self_attn.k_norm")),
         )
 
-    def _launch(self, work: Callable[[], object], note: str) -> None:
-        """Run on the compute stream."""
-        self._backend.launch(self._backend.compute, work, note=note)
-
     def _embedded(self, rows: Rows) -> torch.Tensor:
         """The rows' embeddings (T, C), launched."""
         hidden = self._hidden(len(rows))
-        self._launch(lambda: self.rows.lookup(rows.tokens, hidden), "embedding")
+        self.run(lambda: self.rows.lookup(rows.tokens, hidden), "embedding")
         return hidden
 
     def _draft_level(self, rows: Rows, then: Callable[[torch.Tensor], object]) -> None:

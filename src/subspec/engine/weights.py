@@ -19,6 +19,7 @@ from subspec.memory.streamer import Unit
 from subspec.memory.tiers import PAGE_BYTES, page_aligned
 from subspec.models.decoder import RowProduct
 from subspec.models.linear import ExactProduct, choose_product
+from subspec.planning.parts import largest_matrix
 from subspec.planning.plan import Plan
 from subspec.store.exact import chunk_matrices, load_chunk, load_layer
 from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
@@ -82,6 +83,8 @@ class Weights:
         self._loader = Loader(store, places, slots[0] if slots else None, progress)
         self._matrices = layer_matrices(store.config)
         self._chunks = head_chunks(store.config, store.dtype.itemsize)
+        self._biases = [self._layer_biases(index) for index in range(store.config.layers)]
+        self._largest = largest_matrix(store.config, store.dtype.itemsize)
         self.product = self._choose_product(slots)
         self._products = UnitProducts(self.product, store.dtype, self._scratch())
         self.draft_choice = self._choose_draft_product()
@@ -124,7 +127,7 @@ class Weights:
 
     # --- what there is ---
 
-    def _biases(self, index: int) -> list[torch.Tensor | None]:
+    def _layer_biases(self, index: int) -> list[torch.Tensor | None]:
         """The bias of each fused matrix of a layer, where it has one."""
         found = []
         for matrix in self._matrices:
@@ -139,7 +142,7 @@ class Weights:
         plain = self._store.form == "exact" or index in self._plan.plain_layers
         offsets = [] if plain else self._starts(name, len(self._matrices))
         return WeightUnit(
-            name, self._matrices, tiles, self._biases(index), offsets, resident.get(name), plain
+            name, self._matrices, tiles, self._biases[index], offsets, resident.get(name), plain
         )
 
     def _head_unit(self, index: int, resident: dict[str, torch.Tensor]) -> WeightUnit:
@@ -168,21 +171,17 @@ class Weights:
 
     def _choose_product(self, slots: Sequence[torch.Tensor]) -> ExactProduct:
         """The start-up check of row-invariance, on this model's shapes, in memory that is not in use yet."""
-        hidden, itemsize = self._store.config.hidden_size, self._store.dtype.itemsize
+        hidden = self._store.config.hidden_size
         shapes = [(matrix.n, matrix.k) for matrix in self._matrices] + [(self._chunks[0].stop, hidden)]
-        largest = page_aligned(max(n * k for n, k in shapes) * itemsize)
-        fits = bool(slots) and len(slots[0]) >= largest
-        return choose_product(
-            shapes, self._store.dtype, slots[0] if fits else place_bytes(largest, self._near.device)
-        )
+        fits = bool(slots) and len(slots[0]) >= self._largest
+        scratch = slots[0] if fits else place_bytes(self._largest, self._near.device)
+        return choose_product(shapes, self._store.dtype, scratch)
 
     def _scratch(self) -> torch.Tensor | None:
         """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""
         if self.product.native or self._store.manifest.codec == "raw":
             return None
-        shapes = [*self._matrices, *chunk_matrices(self._store, self._chunks[0])]
-        largest = max(shape.n * shape.k for shape in shapes) * self._store.dtype.itemsize
-        return place_bytes(largest, self._near.device)
+        return place_bytes(self._largest, self._near.device)
 
     def _choose_draft_product(self) -> Choice | None:
         """The start-up choice on a CUDA device, while most of its memory is still free.
@@ -215,7 +214,7 @@ class Weights:
         products = [
             [
                 self._packed(SubstituteLinear(matrix.own_tiles(tiles), matrix.n, matrix.k, bias))
-                for matrix, bias in zip(self._matrices, self._biases(index), strict=True)
+                for matrix, bias in zip(self._matrices, self._biases[index], strict=True)
             ]
             for index, tiles in enumerate(memory)
         ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from subspec.speculation.levels import EMPTY, Shape, summary_size
+from subspec.speculation.levels import EMPTY, Shape, summary_sizes
 from subspec.speculation.tree import DraftTree
 
 
@@ -52,9 +52,8 @@ def harvest(summary: torch.Tensor, shape: Shape, base: int, levels: int, verifie
         verified: rows of the sweep.
     """
     nodes, candidates = shape.nodes, shape.candidates
-    sizes = [nodes, nodes, nodes, nodes * candidates, nodes * candidates, shape.verified, shape.verified]
-    assert len(summary) == sum(sizes) == summary_size(shape)
-    token, parent, score, guess, guess_score, chosen, targets = torch.split(summary, sizes)
+    parts = torch.split(summary, summary_sizes(shape))
+    token, parent, score, guess, guess_score, chosen, targets = parts
     scores = score.view(torch.float32).tolist()
     tokens, parents = token.tolist(), parent.tolist()
     tree, places, numbers = DraftTree.rooted(tokens[0], base), [0], {0: 0}

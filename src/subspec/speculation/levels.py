@@ -231,9 +231,15 @@ class Levels:
         torch.cat(packed, out=self.summary)
 
 
+def summary_sizes(shape: Shape) -> list[int]:
+    """Numbers of a summary's parts: token, parent, score, guesses and their scores, chosen nodes, targets."""
+    nodes, guesses, verified = shape.nodes, shape.nodes * shape.candidates, shape.verified
+    return [nodes, nodes, nodes, guesses, guesses, verified, verified]
+
+
 def summary_size(shape: Shape) -> int:
     """Numbers of a summary."""
-    return shape.nodes * (3 + 2 * shape.candidates) + 2 * shape.verified
+    return sum(summary_sizes(shape))
 
 
 def _padded(values: torch.Tensor, count: int, filler: float) -> torch.Tensor:
