@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_config, write_tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from subspec import LLM, SamplingParams
 from subspec.errors import OptionError, StoreError
@@ -168,6 +169,18 @@ def test_another_dtype_rebuilds_a_store_of_the_same_model(model: Path, store: Pa
     opened = Store(store)
     assert opened.dtype == torch.float32
     opened.close()
+
+
+@pytest.mark.parametrize("count", [3, 6, 9])
+def test_a_job_that_goes_on_weighs_columns_as_a_whole_one(
+    count: int, model: Path, store: Path, tmp_path: Path
+) -> None:
+    words = {chr(32 + i): i for i in range(200)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert stop_after(count, lambda: prepare(model, store=store))
+    assert contents(prepare(model, store=store)) == contents(prepare(model, store=tmp_path / "fresh"))
 
 
 def test_an_unfinished_store_of_other_weights_is_not_continued(

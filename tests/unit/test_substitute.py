@@ -53,9 +53,9 @@ def random_parts(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-def quantized(twin: LowbitKernels, weight: Tensor) -> Tensor:
+def quantized(twin: LowbitKernels, weight: Tensor, importance: Tensor | None = None) -> Tensor:
     tiles = torch.zeros(tile_bytes(weight.shape[0], weight.shape[1]), dtype=torch.uint8)
-    twin.quantize(weight, tiles)
+    twin.quantize(weight, importance, tiles)
     return tiles
 
 
@@ -153,6 +153,47 @@ def test_native_codes_equal_the_reference(twin: LowbitKernels, n: int, k: int, d
     assert torch.equal(quantized(twin, wide), tiles)
 
 
+def some_importance(k: int) -> Tensor:
+    return quantize.column_importance(gaussian(k, seed=5).square() ** 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (48, 512)])
+def test_native_codes_by_importance_equal_the_reference(
+    twin: LowbitKernels, n: int, k: int, dtype: torch.dtype
+) -> None:
+    weight, importance = (gaussian(n, k) * 0.02 + 0.005).to(dtype), some_importance(k)
+    expected = pack(*quantize.quantize(weight, importance))
+    codes = unpack(quantized(twin, weight, importance), n, k)[0]
+    assert (codes == unpack(expected, n, k)[0]).float().mean() >= 0.999
+
+
+def test_importance_lowers_the_error_of_what_it_stands_for() -> None:
+    weight, squares = gaussian(64, 256) * 0.02, gaussian(256, seed=5).square() ** 3
+    x = gaussian(400, 256, seed=6) * squares.sqrt()
+
+    def product_error(importance: Tensor | None) -> float:
+        restored = dequantize(pack(*quantize.quantize(weight, importance)), 64, 256, torch.float32)
+        return float((x @ (restored - weight).T).square().mean())
+
+    assert product_error(quantize.column_importance(squares)) < 0.75 * product_error(None)
+
+
+def test_equal_importance_changes_nothing(twin: LowbitKernels) -> None:
+    weight = gaussian(40, 100)
+    importance = quantize.column_importance(torch.full((100,), 3.0))
+    assert torch.equal(importance, torch.ones(100))
+    assert torch.equal(quantized(twin, weight, importance), quantized(twin, weight))
+    assert torch.equal(pack(*quantize.quantize(weight, importance)), pack(*quantize.quantize(weight)))
+
+
+def test_importance_of_odd_squares_is_finite_and_positive() -> None:
+    for squares in (torch.zeros(3), torch.tensor([1.0, torch.inf, 2.0]), torch.tensor([torch.nan, 1.0, 0.0])):
+        importance = quantize.column_importance(squares)
+        assert importance.isfinite().all()
+        assert (importance > 0).all()
+
+
 def odd_groups() -> Tensor:
     """One odd group of 64 a row, fp32."""
     w = gaussian(14, 64)
@@ -192,6 +233,8 @@ def test_odd_groups(twin: LowbitKernels) -> None:
     assert restored[9, 0] == -7
     assert restored[9, 1].abs() < 0.01
     assert torch.equal(quantized(twin, w), pack(*parts))
+    importance = some_importance(64)
+    assert torch.equal(quantized(twin, w, importance), pack(*quantize.quantize(w, importance)))
 
 
 def test_a_partial_group_takes_no_notice_of_its_padding() -> None:

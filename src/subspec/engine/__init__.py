@@ -23,13 +23,14 @@ from subspec.memory.backend.threads import ThreadBackend
 from subspec.memory.schedule import Gap, Schedule, Step
 from subspec.memory.streamer import REQUEST_BYTES, Streamer
 from subspec.memory.timeline import Timeline
-from subspec.models.decoder import Decoder, LayerNorms, LayerProducts, Rows, WholeLayer, finished
+from subspec.models.decoder import Decoder, LayerProducts, Rows, WholeLayer, finished
 from subspec.models.kv_cache import KVCache
 from subspec.models.kv_ledger import KVLedger, LedgeredPass
 from subspec.models.operations import operations
 from subspec.planning.plan import Plan
-from subspec.store.layout import head_chunks, layer_tensor
+from subspec.store.layout import head_chunks
 from subspec.store.reader import Store
+from subspec.store.vectors import FINAL_NORM, layer_norms
 from subspec.substitute.fused import draft_layer
 
 __all__ = ["Counters", "Engine", "Progress"]
@@ -101,7 +102,7 @@ class Engine:
         self._small = {name: value.to(self._backend.device) for name, value in small.items()}
         self.rows = self.places.embedding(store, checksums)
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self.places.near)
-        norms = [self._norms(index) for index in range(self.config.layers)]
+        norms = [layer_norms(self._small, index) for index in range(self.config.layers)]
         self.decoder = Decoder(self.config, norms, self.cache)
         self._ops = operations(self._backend.device)
         slots = self.places.slots()
@@ -267,15 +268,6 @@ class Engine:
         """Host values where passes compute."""
         return values if self.exchange is None else self.exchange.sent(values)
 
-    def _norms(self, index: int) -> LayerNorms:
-        """The norm gains of a layer."""
-        return LayerNorms(
-            attention=self._small[layer_tensor(index, "input_layernorm")],
-            mlp=self._small[layer_tensor(index, "post_attention_layernorm")],
-            q=self._small.get(layer_tensor(index, "self_attn.q_norm")),
-            k=self._small.get(layer_tensor(index, "self_attn.k_norm")),
-        )
-
     def _embedded(self, rows: Rows) -> torch.Tensor:
         """The rows' embeddings (T, C), launched."""
         hidden = self._hidden(len(rows))
@@ -344,4 +336,4 @@ class Engine:
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, (T, C)."""
-        return self._ops.rms_norm(hidden, self._small["model.norm.weight"], self.config.rms_norm_eps)
+        return self._ops.rms_norm(hidden, self._small[FINAL_NORM], self.config.rms_norm_eps)

@@ -22,8 +22,9 @@ from subspec.models.linear import ExactProduct, choose_product
 from subspec.planning.parts import largest_matrix
 from subspec.planning.plan import Plan
 from subspec.store.exact import chunk_matrices, load_chunk, load_layer
-from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices, layer_tensor
+from subspec.store.layout import head_chunks, head_file, layer_file, layer_matrices
 from subspec.store.reader import Store
+from subspec.store.vectors import layer_biases
 from subspec.substitute.choice import Choice, Shape, choose_on
 from subspec.substitute.exact import UnitProducts
 from subspec.substitute.images import starts
@@ -83,7 +84,7 @@ class Weights:
         self._loader = Loader(store, places, slots[0] if slots else None, progress)
         self._matrices = layer_matrices(store.config)
         self._chunks = head_chunks(store.config, store.dtype.itemsize)
-        self._biases = [self._layer_biases(index) for index in range(store.config.layers)]
+        self._biases = [layer_biases(small, store.config, index) for index in range(store.config.layers)]
         self._largest = largest_matrix(store.config, store.dtype.itemsize)
         self.product = self._choose_product(slots)
         self._products = UnitProducts(self.product, store.dtype, self._scratch())
@@ -126,15 +127,6 @@ class Weights:
         return self._products.of(memory, unit.plain, unit.starts, unit.tiles, unit.matrices, unit.biases)
 
     # --- what there is ---
-
-    def _layer_biases(self, index: int) -> list[torch.Tensor | None]:
-        """The bias of each fused matrix of a layer, where it has one."""
-        found = []
-        for matrix in self._matrices:
-            parts = [self._small.get(layer_tensor(index, part, "bias")) for part in matrix.parts]
-            known = [part for part in parts if part is not None]
-            found.append(torch.cat(known) if known else None)
-        return found
 
     def _layer_unit(self, index: int, tiles: torch.Tensor, resident: dict[str, torch.Tensor]) -> WeightUnit:
         """A layer."""

@@ -60,6 +60,7 @@ class LowbitKernels:
             _INT64,
             _INT64,
             _POINTER,
+            _POINTER,
             _INT,
         ]
         self._quantize.restype = None
@@ -114,8 +115,11 @@ class LowbitKernels:
             DTYPE_CODES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
 
-    def quantize(self, weight: Tensor, out: Tensor) -> None:
-        """Write the tiles of ``weight`` (N, K; rows may be apart) to ``out`` (uint8, contiguous)."""
+    def quantize(self, weight: Tensor, importance: Tensor | None, out: Tensor) -> None:
+        """Write the tiles of ``weight`` (N, K; rows may be apart) to ``out`` (uint8, contiguous).
+
+        ``importance`` (K,) fp32, contiguous: what columns count in the error; None: all alike.
+        """
         n, k = weight.shape
         threads = torch.get_num_threads()
         self._quantize(
@@ -124,6 +128,7 @@ class LowbitKernels:
             weight.stride(0),
             n,
             k,
+            None if importance is None else importance.data_ptr(),
             out.data_ptr(),
             threads,
         )

@@ -1,12 +1,13 @@
 """Write a store's files, each whole or not at all: a temporary name, fsync, rename.
 
-Before a residual's file is written, the exact weight is rebuilt from it and compared with its source.
+Before a residual's file is written, the exact weight is rebuilt from it and compared with its source.  The
+codes of substitutes are chosen by what ``activations`` says, if the model has a tokenizer.
 """
 
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer
 
 from subspec.checkpoint import Checkpoint
 from subspec.errors import StoreError
@@ -21,7 +23,9 @@ from subspec.memory.disk import drop_cached
 from subspec.memory.tiers import page_aligned
 from subspec.models.config import ModelConfig
 from subspec.store import layout
+from subspec.store.activations import MOST_TOKENS, Activations
 from subspec.store.manifest import FileRecord
+from subspec.store.sample_text import SAMPLE_TEXT
 from subspec.substitute import images
 from subspec.substitute.quantize import quantize_tiles
 from subspec.substitute.residual import decode_rows, encode
@@ -50,11 +54,14 @@ class StoreWriter:
         self.itemsize = checkpoint.dtype.itemsize
         self.form = layout.CODECS[codec]
         self.head = EMBEDDING if config.tied_embeddings else "lm_head.weight"
+        self._activations: Activations | None = None  # made with the tokenizer's files
+        self._head_importance: torch.Tensor | None = None
 
     def tasks(self) -> Iterator[Task]:
-        """Every file of the store, in the order of writing."""
+        """Every file of the store, in the order of writing; a resumed job must run ``tokenizer`` again."""
         row_bytes = self.config.hidden_size * self.itemsize
         layer_bytes = layout.layer_bytes(self.config, self.itemsize)[0]
+        yield Task(("tokenizer",), 0, self._tokenizer)
         for index in range(self.config.layers):
             names = layout.layer_file(index, self.form), layout.layer_file(index, "substitute")
             yield Task(names, layer_bytes, partial(self._layer, index))
@@ -64,46 +71,55 @@ class StoreWriter:
         if not self.config.tied_embeddings:
             yield Task(("embedding.exact",), self.config.vocab_size * row_bytes, self._embedding)
         yield Task(("small.safetensors",), 0, self._small)
-        yield Task(("tokenizer",), 0, self._tokenizer)
 
     def _layer(self, index: int) -> dict[str, FileRecord]:
         """Both forms of a layer."""
         digests: dict[str, str] = {}
+        weights = self._matrices(index, digests)
+        importance: list[torch.Tensor | None] = [None] * len(weights)
+        if self._activations is not None:
+            importance = [*self._activations.layer(index, weights)]
+        return self._both_forms(partial(layout.layer_file, index), weights, importance, digests)
 
-        def matrices() -> Iterator[torch.Tensor]:
-            for matrix in layout.layer_matrices(self.config):
-                names = [layout.layer_tensor(index, part) for part in matrix.parts]
-                parts = [self.checkpoint.read(name) for name in names]
+    def _matrices(self, index: int, digests: dict[str, str] | None = None) -> list[torch.Tensor]:
+        """A layer's fused matrices; their parts' digests are added to ``digests``."""
+        matrices = []
+        for matrix in layout.layer_matrices(self.config):
+            names = [layout.layer_tensor(index, part) for part in matrix.parts]
+            parts = [self.checkpoint.read(name) for name in names]
+            if digests is not None:
                 digests.update((name, sha256([part])) for name, part in zip(names, parts, strict=True))
-                yield torch.cat(parts) if len(parts) > 1 else parts[0]
-
-        return self._both_forms(partial(layout.layer_file, index), matrices(), digests)
+            matrices.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return matrices
 
     def _head(self, index: int, chunk: layout.Chunk) -> dict[str, FileRecord]:
         """Both forms of a chunk of the output head."""
+        if self._head_importance is None and self._activations is not None:
+            self._head_importance = self._activations.head()
         weight = self.checkpoint.read(self.head, chunk.start, chunk.stop).contiguous()
-        return self._both_forms(partial(layout.head_file, index), [weight], {})
+        return self._both_forms(partial(layout.head_file, index), [weight], [self._head_importance], {})
 
     def _both_forms(
-        self, name: Callable[[str], str], weights: Iterable[torch.Tensor], digests: dict[str, str]
+        self,
+        name: Callable[[str], str],
+        weights: Sequence[torch.Tensor],
+        importance: Sequence[torch.Tensor | None],
+        digests: dict[str, str],
     ) -> dict[str, FileRecord]:
         """A unit's exact or residual image, and its substitute; ``digests`` go with the first.
+
+        ``importance``: what each weight's columns count (K,); None: all alike.
 
         Raises:
             StoreError: a residual does not give its weight back.
         """
-        tiles: list[torch.Tensor] = []
-
-        def exact() -> Iterator[torch.Tensor]:
-            for weight in weights:
-                tiles.append(quantize_tiles(weight))
-                yield weight
+        tiles = [quantize_tiles(*pair) for pair in zip(weights, importance, strict=True)]
 
         def residuals() -> list[torch.Tensor]:
             made = []
-            for weight in exact():
-                residual = encode(weight, tiles[-1])
-                if not _rebuilds(residual, tiles[-1], weight):
+            for weight, own_tiles in zip(weights, tiles, strict=True):
+                residual = encode(weight, own_tiles)
+                if not _rebuilds(residual, own_tiles, weight):
                     raise StoreError(
                         f"{self.directory / name(self.form)} would not give back the checkpoint's weights: "
                         "prepare with --stream raw, and report this"
@@ -112,7 +128,7 @@ class StoreWriter:
             return images.join(made)
 
         first, second = name(self.form), name("substitute")
-        record = self._write(first, exact() if self.form == "exact" else residuals())
+        record = self._write(first, weights if self.form == "exact" else residuals())
         return {first: replace(record, tensors=digests), second: self._write(second, tiles)}
 
     def _embedding(self) -> dict[str, FileRecord]:
@@ -127,8 +143,7 @@ class StoreWriter:
 
     def _small(self) -> dict[str, FileRecord]:
         """Norms and biases by their checkpoint names, the embedding rows' checksums, matrices' digests."""
-        vectors = [name for name, shape in self.config.tensors().items() if len(shape) == 1]
-        tensors = {name: self.checkpoint.read(name).contiguous() for name in vectors}
+        tensors = self._vectors()
         digests = {name: sha256([tensor]) for name, tensor in tensors.items()}
         if self.head != EMBEDDING:
             digests[self.head] = sha256(self._rows(self.head))
@@ -146,11 +161,22 @@ class StoreWriter:
         record = self._write(name, [torch.from_numpy(content)], padded=False)
         return {name: replace(record, tensors=digests)}
 
+    def _vectors(self) -> dict[str, torch.Tensor]:
+        """Norms and biases by their checkpoint names."""
+        names = [name for name, shape in self.config.tensors().items() if len(shape) == 1]
+        return {name: self.checkpoint.read(name).contiguous() for name in names}
+
     def _tokenizer(self) -> dict[str, FileRecord]:
-        """The tokenizer's files; a checkpoint may have none."""
+        """The tokenizer's files; a checkpoint may have none.  With them, the sample text gets on its way."""
         place = self.directory / "tokenizer"
         place.mkdir(exist_ok=True)
         self.checkpoint.export_tokenizer(place)
+        if (place / "tokenizer.json").is_file():
+            tokens = Tokenizer.from_file(str(place / "tokenizer.json")).encode(SAMPLE_TEXT).ids[:MOST_TOKENS]
+            rows = [self.checkpoint.read(EMBEDDING, token, token + 1) for token in tokens]
+            if rows:
+                embedded = torch.cat(rows)
+                self._activations = Activations(self.config, self._vectors(), embedded, self._matrices)
         paths = sorted(path for path in place.rglob("*") if path.is_file())
         contents = {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
         return {name: FileRecord(len(content), zlib.crc32(content)) for name, content in contents.items()}

@@ -18,9 +18,9 @@ struct Line { // weight = code * scale + mid, codes -8 to 7
 };
 
 struct Group {
-  Lanes weights[4], mask[4]; // mask: 1 where there is a weight
-  float count, sum;
-  bool whole;
+  Lanes weights[4], mask[4]; // mask: what a weight counts, 0 where there is none
+  float count, sum;          // of the mask; of the weights, each as often as it counts
+  bool even;                 // all 64 weights exist and count alike: the mask is not used
 };
 
 LOWBIT_INLINE Lanes codes_of(Lanes weights, Line line, float inverse) {
@@ -28,18 +28,18 @@ LOWBIT_INLINE Lanes codes_of(Lanes weights, Line line, float inverse) {
 }
 
 // Codes for a line; their squared error, and the line that suits these codes best.
-template <bool whole> LOWBIT_INLINE float refit(const Group& group, Line line, Line& better) {
+template <bool even> LOWBIT_INLINE float refit(const Group& group, Line line, Line& better) {
   const float inverse = 1.0f / line.scale;
   Lanes sum = {}, squares = {}, products = {}, errors = {};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    Lanes code = codes_of(group.weights[i], line, inverse);
-    Lanes error = (code * line.scale + line.mid) - group.weights[i];
-    if (!whole) code = code * group.mask[i], error = error * group.mask[i];
-    sum = i ? sum + code : code;
-    squares = i ? squares + code * code : code * code;
-    products = i ? products + code * group.weights[i] : code * group.weights[i];
-    errors = i ? errors + error * error : error * error;
+    const Lanes code = codes_of(group.weights[i], line, inverse);
+    const Lanes error = (code * line.scale + line.mid) - group.weights[i];
+    const Lanes counted = even ? code : code * group.mask[i], off = even ? error : error * group.mask[i];
+    sum = i ? sum + counted : counted;
+    squares = i ? squares + counted * code : counted * code;
+    products = i ? products + counted * group.weights[i] : counted * group.weights[i];
+    errors = i ? errors + off * error : off * error;
   }
   const float n = group.count, su = lane_sum(sum), suu = lane_sum(squares), suw = lane_sum(products);
   const float spread = n * suu - su * su;
@@ -49,7 +49,7 @@ template <bool whole> LOWBIT_INLINE float refit(const Group& group, Line line, L
   return lane_sum(errors);
 }
 
-template <bool whole> LOWBIT_INLINE Line search(const Group& group, float low, float high) {
+template <bool even> LOWBIT_INLINE Line search(const Group& group, float low, float high) {
   const float span = high - low;
   Line best = {0.0f, 0.0f}, lines[kStarts];
   float least = __builtin_inff();
@@ -62,12 +62,12 @@ template <bool whole> LOWBIT_INLINE Line search(const Group& group, float low, f
   for (int round = 0; round <= kRefits; round++)
     for (int i = 0; i < kStarts; i++) {
       Line line = lines[i];
-      float error = refit<whole>(group, line, lines[i]);
+      float error = refit<even>(group, line, lines[i]);
       if (error < least) least = error, best = line;
     }
   Line line = best, next;
   for (int round = 0; round <= kPolish; round++) {
-    float error = refit<whole>(group, line, next);
+    float error = refit<even>(group, line, next);
     if (error < least) least = error, best = line;
     line = next;
   }
@@ -76,38 +76,53 @@ template <bool whole> LOWBIT_INLINE Line search(const Group& group, float low, f
 
 LOWBIT_INLINE float bounded(float weight) { return std::min(std::max(weight, -kHuge), kHuge); }
 
-void mask_group(Group& group, int64_t count) {
+// What the weights count: `importance` of the first `count` columns, null: all alike.
+void mask_group(Group& group, const float* importance, int64_t count) {
   float mask[kGroup];
-  for (int i = 0; i < kGroup; i++) mask[i] = i < count ? 1.0f : 0.0f;
+  for (int i = 0; i < kGroup; i++) mask[i] = i < count ? importance ? importance[i] : 1.0f : 0.0f;
   memcpy(group.mask, mask, sizeof mask);
+  group.count = lane_sum(((group.mask[0] + group.mask[1]) + group.mask[2]) + group.mask[3]);
 }
 
-template <int dtype> LOWBIT_INLINE Line quantize_group(const void* weight, int64_t offset, int64_t count, uint8_t codes[64]) {
+// `with` in all lanes from `count` on.
+void fill_up(Lanes& lanes, Lanes with, int64_t count) {
+  float into[16], from[16];
+  memcpy(into, &lanes, sizeof into);
+  memcpy(from, &with, sizeof from);
+  for (int64_t j = std::max<int64_t>(count, 0); j < 16; j++) into[j] = from[j];
+  memcpy(&lanes, into, sizeof into);
+}
+
+template <int dtype>
+LOWBIT_INLINE Line quantize_group(const void* weight, int64_t offset, int64_t count, const float* importance, uint8_t codes[64]) {
   Group group = {};
+  const bool whole = count == kGroup;
   group.count = (float)count;
-  group.whole = count == kGroup;
+  group.even = whole && !importance;
   memset(codes, 8, kGroup);
   for (int i = 0; i < 4; i++) group.weights[i] = some_elements<dtype>(weight, offset + 16 * i, count - 16 * i);
   const int32_t top = largest_magnitude(group.weights);
   if (top >= kInfinityBits) return {0.0f, 0.0f};
-  if (!group.whole) mask_group(group, count);
+  if (!group.even) mask_group(group, importance, count);
   const Lanes first = splat(bounded(element<dtype>(weight, offset)));
   Lanes sum = {}, lows = {}, highs = {};
   for (int i = 0; i < 4; i++) {
     Lanes& w = group.weights[i];
     if (bits<float>(top) > kHuge) w = smaller(larger(w, splat(-kHuge)), splat(kHuge));
-    sum = i ? sum + w : w;
-    Lanes filled = group.whole ? w : w + first * (splat(1.0f) - group.mask[i]);
+    const Lanes counted = group.even ? w : w * group.mask[i];
+    sum = i ? sum + counted : counted;
+    Lanes filled = w;
+    if (!whole) fill_up(filled, first, count - 16 * i);
     lows = i ? smaller(lows, filled) : filled;
     highs = i ? larger(highs, filled) : filled;
   }
   group.sum = lane_sum(sum);
   const float low = -lane_max(splat(0.0f) - lows), high = lane_max(highs);
   if (!(high - low >= 32.0f * kTiny)) return {0.0f, round_bfloat16(0.5f * low + 0.5f * high)};
-  const Line line = group.whole ? search<true>(group, low, high) : search<false>(group, low, high);
+  const Line line = group.even ? search<true>(group, low, high) : search<false>(group, low, high);
   const float inverse = 1.0f / line.scale;
   for (int i = 0; i < 4; i++) to_bytes(codes_of(group.weights[i], line, inverse) + 8.0f, codes + 16 * i);
-  if (!group.whole) memset(codes + count, 8, kGroup - count);
+  if (!whole) memset(codes + count, 8, kGroup - count);
   return line;
 }
 
@@ -123,7 +138,8 @@ void write_row(uint8_t* tile, int64_t row, Line line, const uint8_t codes[64]) {
 }
 
 template <int dtype>
-void quantize_stripe(const void* weight, int64_t stride, int64_t n, int64_t k, int64_t stripe, uint8_t* tiles) {
+void quantize_stripe(const void* weight, int64_t stride, int64_t n, int64_t k, int64_t stripe, const float* importance,
+                     uint8_t* tiles) {
   const int64_t groups = (k + kGroup - 1) / kGroup;
   for (int64_t g = 0; g < groups; g++)
     for (int64_t r = 0; r < kRows; r++) {
@@ -132,20 +148,21 @@ void quantize_stripe(const void* weight, int64_t stride, int64_t n, int64_t k, i
       memset(codes, 8, sizeof codes);
       Line line = {0.0f, 0.0f};
       if (row < n)
-        line = quantize_group<dtype>(weight, row * stride + g * kGroup, std::min(kGroup, k - g * kGroup), codes);
+        line = quantize_group<dtype>(weight, row * stride + g * kGroup, std::min(kGroup, k - g * kGroup),
+                                     importance ? importance + g * kGroup : nullptr, codes);
       write_row(tiles + (stripe * groups + g) * kTileBytes, r, line, codes);
     }
 }
 
 } // namespace
 
-// tiles = the 4-bit substitute of weight (n, k; row stride in elements).
-LOWBIT_API void subspec_substitute_quantize(const void* weight, int dtype, int64_t stride, int64_t n, int64_t k, void* tiles,
-                                            int threads) {
+// tiles = the 4-bit substitute of weight (n, k; row stride in elements); importance: (k) what columns count, or null.
+LOWBIT_API void subspec_substitute_quantize(const void* weight, int dtype, int64_t stride, int64_t n, int64_t k,
+                                            const float* importance, void* tiles, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t stripe = 0; stripe < (n + kRows - 1) / kRows; stripe++) {
-    if (dtype == kBfloat16) quantize_stripe<kBfloat16>(weight, stride, n, k, stripe, (uint8_t*)tiles);
-    else if (dtype == kFloat16) quantize_stripe<kFloat16>(weight, stride, n, k, stripe, (uint8_t*)tiles);
-    else quantize_stripe<kFloat32>(weight, stride, n, k, stripe, (uint8_t*)tiles);
+    if (dtype == kBfloat16) quantize_stripe<kBfloat16>(weight, stride, n, k, stripe, importance, (uint8_t*)tiles);
+    else if (dtype == kFloat16) quantize_stripe<kFloat16>(weight, stride, n, k, stripe, importance, (uint8_t*)tiles);
+    else quantize_stripe<kFloat32>(weight, stride, n, k, stripe, importance, (uint8_t*)tiles);
   }
 }
