@@ -9,8 +9,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -54,14 +55,11 @@ class StoreWriter:
         self.itemsize = checkpoint.dtype.itemsize
         self.form = layout.CODECS[codec]
         self.head = EMBEDDING if config.tied_embeddings else "lm_head.weight"
-        self._activations: Activations | None = None  # made with the tokenizer's files
-        self._head_importance: torch.Tensor | None = None
 
     def tasks(self) -> Iterator[Task]:
-        """Every file of the store, in the order of writing; a resumed job must run ``tokenizer`` again."""
+        """Every file of the store, in the order of writing."""
         row_bytes = self.config.hidden_size * self.itemsize
         layer_bytes = layout.layer_bytes(self.config, self.itemsize)[0]
-        yield Task(("tokenizer",), 0, self._tokenizer)
         for index in range(self.config.layers):
             names = layout.layer_file(index, self.form), layout.layer_file(index, "substitute")
             yield Task(names, layer_bytes, partial(self._layer, index))
@@ -71,6 +69,7 @@ class StoreWriter:
         if not self.config.tied_embeddings:
             yield Task(("embedding.exact",), self.config.vocab_size * row_bytes, self._embedding)
         yield Task(("small.safetensors",), 0, self._small)
+        yield Task(("tokenizer",), 0, self._tokenizer)
 
     def _layer(self, index: int) -> dict[str, FileRecord]:
         """Both forms of a layer."""
@@ -94,8 +93,6 @@ class StoreWriter:
 
     def _head(self, index: int, chunk: layout.Chunk) -> dict[str, FileRecord]:
         """Both forms of a chunk of the output head."""
-        if self._head_importance is None and self._activations is not None:
-            self._head_importance = self._activations.head()
         weight = self.checkpoint.read(self.head, chunk.start, chunk.stop).contiguous()
         return self._both_forms(partial(layout.head_file, index), [weight], [self._head_importance], {})
 
@@ -167,19 +164,38 @@ class StoreWriter:
         return {name: self.checkpoint.read(name).contiguous() for name in names}
 
     def _tokenizer(self) -> dict[str, FileRecord]:
-        """The tokenizer's files; a checkpoint may have none.  With them, the sample text gets on its way."""
+        """The tokenizer's files; a checkpoint may have none."""
         place = self.directory / "tokenizer"
         place.mkdir(exist_ok=True)
         self.checkpoint.export_tokenizer(place)
-        if (place / "tokenizer.json").is_file():
-            tokens = Tokenizer.from_file(str(place / "tokenizer.json")).encode(SAMPLE_TEXT).ids[:MOST_TOKENS]
-            rows = [self.checkpoint.read(EMBEDDING, token, token + 1) for token in tokens]
-            if rows:
-                embedded = torch.cat(rows)
-                self._activations = Activations(self.config, self._vectors(), embedded, self._matrices)
         paths = sorted(path for path in place.rglob("*") if path.is_file())
         contents = {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
         return {name: FileRecord(len(content), zlib.crc32(content)) for name, content in contents.items()}
+
+    @cached_property
+    def _activations(self) -> Activations | None:
+        """The sample text before the first layer; None without a tokenizer."""
+        rows = [self.checkpoint.read(EMBEDDING, token, token + 1) for token in self._sample_tokens()]
+        if not rows:
+            return None
+        return Activations(self.config, self._vectors(), torch.cat(rows), self._matrices)
+
+    @cached_property
+    def _head_importance(self) -> torch.Tensor | None:
+        """What the columns of the output head count."""
+        return None if self._activations is None else self._activations.head()
+
+    def _sample_tokens(self) -> list[int]:
+        """The sample text's tokens; none where there is no tokenizer that can be loaded."""
+        with TemporaryDirectory() as place:
+            self.checkpoint.export_tokenizer(Path(place))
+            try:
+                tokenizer = Tokenizer.from_file(str(Path(place, "tokenizer.json")))
+            except Exception:  # noqa: BLE001 - the library raises no narrower one; drafts are a little worse then
+                return []
+        return [token for token in tokenizer.encode(SAMPLE_TEXT).ids if token < self.config.vocab_size][
+            :MOST_TOKENS
+        ]
 
     def _write(self, name: str, tensors: Iterable[torch.Tensor], *, padded: bool = True) -> FileRecord:
         """Write tensors one after another, padded to whole pages; when this returns they are on disk."""
