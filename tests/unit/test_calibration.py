@@ -56,6 +56,27 @@ def test_a_few_observations_change_little() -> None:
     assert 0.6 < calibration.temperature < 3.0
 
 
+def test_what_many_texts_have_taught_outlasts_a_few_sharper_ones() -> None:
+    """Processes that each see a little, of one kind at a time, do not drift from one extreme to the next."""
+    first = Calibration()
+    observe(first, 1.0, 0.0, 600)
+    later = [first]
+    for seed in range(1, 6):
+        later.append(calibrations({"greedy": later[-1].learnt()})[False])
+        observe(later[-1], 1.0 if seed % 2 else 0.3, 0.0, 40, seed)
+    assert all(0.6 < one.temperature < 1.3 for one in later)
+    assert first.learnt()["certainty"] > Calibration().certainty
+
+
+def test_a_draft_that_never_missed_is_not_held_to_be_unfailing() -> None:
+    learnt = Calibration().learnt()
+    for seed in range(30):
+        one = calibrations({"greedy": learnt})[False]
+        observe(one, 0.5, 0.0, 100, seed)
+        learnt = one.learnt()
+    assert 1e-4 < learnt["miss"] < 2e-3
+
+
 def test_rows_without_or_with_few_candidates_do_no_harm() -> None:
     calibration = Calibration()
     for _ in range(40):

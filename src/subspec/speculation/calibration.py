@@ -21,7 +21,10 @@ CANDIDATES = 8  # of a draft row; what is beyond them counts as a miss
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_MISS = 0.02
 WINDOW = 512  # observations that the fit looks at
-PRIOR_WEIGHT = 8.0  # how many observations the starting value is worth
+PRIOR_CERTAINTY = 8.0  # of a starting temperature that nothing was seen of: 1 / variance of its logarithm
+MOST_CERTAINTY = 24.0  # of one that an earlier process has learnt: other texts may come
+_MISS_WEIGHT = 32.0  # rows that the starting miss rate is worth
+_FEWEST_MISSES = 0.05  # that are always counted in: that none was seen does not prove that there are none
 _NEVER = -1e4  # the score of a candidate that is none
 _REFIT_AFTER = 8  # new observations
 _LIMITS = (0.05, 20.0)  # of the temperature
@@ -57,12 +60,18 @@ class Calibration:
     Args:
         temperature: to start from.
         miss: likewise, in [0, 1).
+        certainty: of that temperature.
     """
 
-    def __init__(self, temperature: float = DEFAULT_TEMPERATURE, miss: float = DEFAULT_MISS) -> None:
-        self.temperature, self.miss = temperature, miss
-        self._prior = temperature
-        self._missed, self._seen = miss * PRIOR_WEIGHT * 4, PRIOR_WEIGHT * 4
+    def __init__(
+        self,
+        temperature: float = DEFAULT_TEMPERATURE,
+        miss: float = DEFAULT_MISS,
+        certainty: float = PRIOR_CERTAINTY,
+    ) -> None:
+        self.temperature, self.miss, self.certainty = temperature, miss, certainty
+        self._prior = temperature, certainty
+        self._missed, self._seen = max(miss * _MISS_WEIGHT - _FEWEST_MISSES, 0.0), _MISS_WEIGHT
         self._scores = np.full((WINDOW, CANDIDATES), _NEVER)  # a ring; each row's best score is 0
         self._taken = np.zeros(WINDOW, dtype=np.int64)
         self._fitted = self._fresh = 0  # rows written to the ring; of them, since the last fit
@@ -87,7 +96,7 @@ class Calibration:
         self.observations += 1
         self._seen += 1
         self._missed += taken is None
-        self.miss = min(self._missed / self._seen, 0.99)
+        self.miss = min((self._missed + _FEWEST_MISSES) / self._seen, 0.99)
         for candidate, log in enumerate(logs):
             probability = math.exp(log) if log <= 0 else math.nan
             if not probability > 0:
@@ -112,7 +121,7 @@ class Calibration:
 
     def learnt(self) -> dict[str, float]:
         """The values to start from next time."""
-        return {"temperature": self.temperature, "miss": self.miss}
+        return {"temperature": self.temperature, "miss": self.miss, "certainty": self.certainty}
 
     @property
     def reliability(self) -> Reliability:
@@ -128,16 +137,17 @@ class Calibration:
         count = min(self._fitted, WINDOW)
         scores = self._scores[:count]  # (n, K)
         won = scores[np.arange(count), self._taken[:count]]
-        beta, start = 1 / self.temperature, 1 / self._prior
+        (start, weight), beta = self._prior, 1 / self.temperature
         for _ in range(4):
             weights = np.exp(beta * scores)
             weights /= weights.sum(-1, keepdims=True)
             mean = (weights * scores).sum(-1)
             spread = (weights * scores**2).sum(-1) - mean**2
-            slope = float((won - mean).sum()) - PRIOR_WEIGHT * math.log(beta / start) / beta
-            curve = float(spread.sum()) + PRIOR_WEIGHT / beta**2
+            slope = float((won - mean).sum()) - weight * math.log(beta * start) / beta
+            curve = float(spread.sum()) + weight / beta**2
             beta = min(max(beta + slope / curve, beta / 2, 1 / _LIMITS[1]), beta * 2, 1 / _LIMITS[0])
         self.temperature = 1 / beta
+        self.certainty = min(curve * beta**2, MOST_CERTAINTY)
 
 
 def calibrations(learnt: dict[str, dict[str, float]]) -> dict[bool, Calibration]:
@@ -149,8 +159,10 @@ def calibrations(learnt: dict[str, dict[str, float]]) -> dict[bool, Calibration]
     for drawn, name in CALIBRATION_NAMES.items():
         values = learnt.get(name, {})
         temperature, miss = values.get("temperature", 0.0), values.get("miss", -1.0)
+        certainty = values.get("certainty", PRIOR_CERTAINTY)
         found[drawn] = Calibration(
             temperature if _LIMITS[0] <= temperature <= _LIMITS[1] else DEFAULT_TEMPERATURE,
             miss if 0 <= miss < 1 else DEFAULT_MISS,
+            certainty if PRIOR_CERTAINTY <= certainty <= MOST_CERTAINTY else PRIOR_CERTAINTY,
         )
     return found

@@ -1,6 +1,6 @@
 """Checkpoint → store: substitutes, and residuals or exact images, file by file.
 
-Reads the checkpoint a matrix at a time, so that peak memory follows the largest layer, not the model.
+Reads the checkpoint a layer at a time, so that peak memory follows the largest layer, not the model.
 Every finished file is on disk before it is noted in ``progress.json``; a killed run goes on after the last
 noted file.  The manifest comes last: a directory without one is never used.
 """
