@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gguf.quants import quantize
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from subspec.models.config import ModelConfig
 
@@ -130,6 +131,13 @@ def write_tiny(
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def add_letters(directory: Path) -> None:
+    """Give a Hugging Face directory a tokenizer: every letter is a token, ids are below 200."""
+    tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(200)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def write_tiny_gguf(path: Path, family: str, kind: str = "F32", seed: int = 0, **changes: Any) -> Path:

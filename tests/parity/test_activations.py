@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import load_reference
-from tiny import FAMILIES, write_tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import FAMILIES, add_letters, write_tiny
 
 from subspec.checkpoint import open_checkpoint
 from subspec.models.config import ModelConfig
@@ -55,13 +54,6 @@ def test_importance_is_that_of_the_models_own_activations(family: str, skipped: 
         torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4)
 
 
-def add_tokenizer(model: Path) -> None:
-    """Words of one letter, as many as the model's vocabulary has room for."""
-    tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(200)}, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(model / "tokenizer.json"))
-
-
 def substitutes(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.glob("*.substitute")}
 
@@ -70,7 +62,7 @@ def substitutes(store: Path) -> dict[str, bytes]:
 def test_a_tokenizer_makes_columns_count_and_changes_nothing_exact(stream: str, tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", "qwen2", torch.bfloat16)
     plain = prepare(model, store=tmp_path / "plain", stream=stream)
-    add_tokenizer(model)
+    add_letters(model)
     weighed = prepare(model, store=tmp_path / "weighed", stream=stream)
     before, after = substitutes(plain), substitutes(weighed)
     assert before.keys() == after.keys()

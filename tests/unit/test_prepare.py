@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, write_tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import add_letters, tiny_config, write_tiny
 
 from subspec import LLM, SamplingParams
 from subspec.errors import OptionError, StoreError
@@ -175,10 +174,7 @@ def test_another_dtype_rebuilds_a_store_of_the_same_model(model: Path, store: Pa
 def test_a_job_that_goes_on_weighs_columns_as_a_whole_one(
     count: int, model: Path, store: Path, tmp_path: Path
 ) -> None:
-    words = {chr(32 + i): i for i in range(200)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(model / "tokenizer.json"))
+    add_letters(model)
     assert stop_after(count, lambda: prepare(model, store=store))
     assert contents(prepare(model, store=store)) == contents(prepare(model, store=tmp_path / "fresh"))
 

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from safetensors.torch import save
-from tokenizers import Tokenizer
 
 from subspec.checkpoint import Checkpoint
 from subspec.errors import StoreError
@@ -164,13 +163,15 @@ class StoreWriter:
         return {name: self.checkpoint.read(name).contiguous() for name in names}
 
     def _tokenizer(self) -> dict[str, FileRecord]:
-        """The tokenizer's files; a checkpoint may have none."""
-        place = self.directory / "tokenizer"
-        place.mkdir(exist_ok=True)
-        self.checkpoint.export_tokenizer(place)
-        paths = sorted(path for path in place.rglob("*") if path.is_file())
-        contents = {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
-        return {name: FileRecord(len(content), zlib.crc32(content)) for name, content in contents.items()}
+        """The tokenizer's files."""
+        for name, content in self._tokenizer_files.items():
+            path = self.directory / "tokenizer" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return {
+            f"tokenizer/{name}": FileRecord(len(content), zlib.crc32(content))
+            for name, content in self._tokenizer_files.items()
+        }
 
     @cached_property
     def _activations(self) -> Activations | None:
@@ -187,15 +188,22 @@ class StoreWriter:
 
     def _sample_tokens(self) -> list[int]:
         """The sample text's tokens; none where there is no tokenizer that can be loaded."""
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_buffer(self._tokenizer_files.get("tokenizer.json", b""))
+        except Exception:  # noqa: BLE001 - the library raises no narrower one; drafts are a little worse then
+            return []
+        known = [token for token in tokenizer.encode(SAMPLE_TEXT).ids if token < self.config.vocab_size]
+        return known[:MOST_TOKENS]
+
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files by name; converting some takes seconds.  A checkpoint may have none."""
         with TemporaryDirectory() as place:
             self.checkpoint.export_tokenizer(Path(place))
-            try:
-                tokenizer = Tokenizer.from_file(str(Path(place, "tokenizer.json")))
-            except Exception:  # noqa: BLE001 - the library raises no narrower one; drafts are a little worse then
-                return []
-        return [token for token in tokenizer.encode(SAMPLE_TEXT).ids if token < self.config.vocab_size][
-            :MOST_TOKENS
-        ]
+            paths = sorted(path for path in Path(place).rglob("*") if path.is_file())
+            return {str(path.relative_to(place)): path.read_bytes() for path in paths}
 
     def _write(self, name: str, tensors: Iterable[torch.Tensor], *, padded: bool = True) -> FileRecord:
         """Write tensors one after another, padded to whole pages; when this returns they are on disk."""

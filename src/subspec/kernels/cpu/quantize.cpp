@@ -85,12 +85,11 @@ void mask_group(Group& group, const float* importance, int64_t count) {
 }
 
 // `with` in all lanes from `count` on.
-void fill_up(Lanes& lanes, Lanes with, int64_t count) {
-  float into[16], from[16];
-  memcpy(into, &lanes, sizeof into);
-  memcpy(from, &with, sizeof from);
-  for (int64_t j = std::max<int64_t>(count, 0); j < 16; j++) into[j] = from[j];
-  memcpy(&lanes, into, sizeof into);
+void fill_up(Lanes& lanes, float with, int64_t count) {
+  float values[16];
+  memcpy(values, &lanes, sizeof values);
+  for (int64_t i = std::max<int64_t>(count, 0); i < 16; i++) values[i] = with;
+  memcpy(&lanes, values, sizeof values);
 }
 
 template <int dtype>
@@ -104,7 +103,7 @@ LOWBIT_INLINE Line quantize_group(const void* weight, int64_t offset, int64_t co
   const int32_t top = largest_magnitude(group.weights);
   if (top >= kInfinityBits) return {0.0f, 0.0f};
   if (!group.even) mask_group(group, importance, count);
-  const Lanes first = splat(bounded(element<dtype>(weight, offset)));
+  const float first = bounded(element<dtype>(weight, offset));
   Lanes sum = {}, lows = {}, highs = {};
   for (int i = 0; i < 4; i++) {
     Lanes& w = group.weights[i];
