@@ -28,6 +28,7 @@ struct WeightRows {
 template <class Scalar>
 struct Stored {
     static constexpr int64_t ROW_UNIT = TILE_ROWS;
+    static constexpr bool FAR = true;  // in memory: rows are worth fetching ahead
     const Scalar* weight;
     int64_t N;
 
@@ -41,6 +42,7 @@ struct Stored {
 template <class Scalar>
 struct Rebuilt {
     static constexpr int64_t ROW_UNIT = lowbit::kRows;
+    static constexpr bool FAR = false;
     lowbit::ResidualMatrix matrix;
 
     bool rows(int64_t first, int64_t last, int64_t K, WeightRows<Scalar>& out) const {
@@ -87,23 +89,29 @@ struct Product {
             next[r] = weight.data + smaller_of(n + TILE_ROWS + r, weight.last) * K;
         }
         const int64_t tiles = (stop - start + TILE_COLUMNS - 1) / TILE_COLUMNS;
-        int fetched = 0;
+        int fetched = Weights::FAR ? 0 : TILE_ROWS;
         int64_t t = start;
         for (int64_t tile = 0; tile < tiles; tile++) {  // tiles of nearly equal size share the fetching
             const int columns = int((stop - t + tiles - tile - 1) / (tiles - tile));
             const int fetch = int((TILE_ROWS - fetched + tiles - tile - 1) / (tiles - tile));
             float out[TILE_COLUMNS][TILE_ROWS];
             dot_tile_of<Form>(columns, w, x + t * stride, stride, K, next + fetched, fetch, out);
-            for (int c = 0; c < columns; c++, t++) {
-                for (int64_t i = n; i < n_end; i++) {
-                    const float sum = out[c][i - n];
-                    narrow(bias ? sum + widen(bias[i]) : sum, y[t * N + i]);
-                }
-            }
+            for (int c = 0; c < columns; c++, t++) finish(out[c], n, n_end, y + t * N);
             fetched += fetch;
         }
     }
+
+    // Outputs [n, n_end) of one row from their sums.
+    SUBSPEC_INLINE void finish(const float sums[TILE_ROWS], int64_t n, int64_t n_end, Scalar* to) const {
+        if (n_end - n == TILE_ROWS) {
+            const Quad four = load_four(sums);
+            store_four(to + n, bias ? four + load_four(bias + n) : four);
+            return;
+        }
+        for (int64_t i = n; i < n_end; i++) narrow(bias ? sums[i - n] + widen(bias[i]) : sums[i - n], to[i]);
+    }
 };
+static_assert(TILE_ROWS == 4, "sums are finished by four");
 
 template <class Form, class Weights, class Scalar>
 int linear(const Scalar* x, const Weights& weights, const Scalar* bias, Scalar* y, int64_t T, int64_t K, int64_t N,

@@ -195,6 +195,28 @@ SUBSPEC_INLINE void store_lanes(Fp16* to, Vec v) {
 #endif
 }
 
+// Four values, rounded alike.
+typedef float Quad __attribute__((vector_size(16)));
+template <class Scalar>
+SUBSPEC_INLINE Quad load_four(const Scalar* from) { return Quad{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])}; }
+SUBSPEC_INLINE void store_four(float* to, Quad v) { memcpy(to, &v, sizeof v); }
+SUBSPEC_INLINE void store_four(Bf16* to, Quad v) {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    typedef uint16_t Halves __attribute__((vector_size(8)));
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words chosen = (v != v) ? (bits >> 16) | 0x40u : rounded;
+    const Halves halves = __builtin_convertvector(chosen, Halves);
+    memcpy(to, &halves, sizeof halves);
+}
+SUBSPEC_INLINE void store_four(Fp16* to, Quad v) {
+#if defined(__AVX2__)
+    _mm_storel_epi64((__m128i*)to, _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < 4; i++) narrow(v[i], to[i]);
+#endif
+}
+
 // One half of the STEP elements at `from`, as fp32.  Which elements make up a half depends on the type only
 // (bf16 is cheapest split into even and odd), so two operands always meet in the same order.
 template <int HALF>
@@ -362,7 +384,7 @@ inline __attribute__((noinline)) void dot_tile(const typename Form::Weight* cons
 #if defined(__AVX2__) && !defined(__AVX512F__)
     Vec acc[COLUMNS][TILE_ROWS];
     if (COLUMNS == TILE_COLUMNS && whole > 0) {
-        largest_tile(fixed, x, stride, whole, ahead, ahead_count, reinterpret_cast<float*>(acc));
+        largest_tile(fixed, x, stride, whole, ahead, ahead_count, acc);
         k = whole;
     } else {
         memset(acc, 0, sizeof acc);

@@ -40,46 +40,46 @@ struct Bins {
 };
 
 #if defined(__AVX2__)
-// Magnitudes of eight finite numbers, rounded to the dtype.
-template <int dtype> LOWBIT_INLINE __m256i eight_magnitudes(__m256 value) {
+// Finite numbers rounded to the dtype, as it stores them: `first` holds 0 to 3 and 8 to 11 of them, `second` the others.
+template <int dtype> LOWBIT_INLINE __m256i sixteen_patterns(__m256 first, __m256 second) {
   if (dtype == kFloat16) {
-    const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm256_srli_epi32(_mm256_and_si256(_mm256_cvtepu16_epi32(half), _mm256_set1_epi32(0x7fff)), 3);
+    const __m128i early = _mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i late = _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_set_m128i(_mm_unpackhi_epi64(early, late), _mm_unpacklo_epi64(early, late));
   }
-  const __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  return _mm256_and_si256(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fff));
-}
-
-template <int dtype> LOWBIT_INLINE __m256i eight_places(__m256 steps, float scale, float mid, int32_t floor) {
-  const __m256 edge = _mm256_add_ps(_mm256_mul_ps(steps, _mm256_set1_ps(scale)), _mm256_set1_ps(mid));
-  const __m256i above = _mm256_sub_epi32(eight_magnitudes<dtype>(edge), _mm256_set1_epi32(floor));
-  const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(edge), 31);
-  return _mm256_sub_epi32(_mm256_xor_si256(_mm256_max_epi32(above, _mm256_setzero_si256()), negative), negative);
-}
-
-// Bit lengths of spans: these are below 2^16, and the exponent of one as a float tells.
-LOWBIT_INLINE __m256i eight_widths(__m256i span) {
-  const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(span)), 23);
-  return _mm256_max_epi32(_mm256_sub_epi32(exponent, _mm256_set1_epi32(126)), _mm256_setzero_si256());
+  const auto rounded = [](__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  };
+  return _mm256_packus_epi32(rounded(first), rounded(second));
 }
 
 template <int dtype> LOWBIT_INLINE void find_bins(float scale, float mid, Bins& bins) {
   bins.floor = floor_of<dtype>(scale);
-  const __m256i one = _mm256_set1_epi32(1), most = _mm256_set1_epi32(kMaxWidth), turn = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
-  const __m256i first = eight_places<dtype>(_mm256_setr_ps(-8.5f, -7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f), scale, mid, bins.floor);
-  const __m256i second = eight_places<dtype>(_mm256_setr_ps(-0.5f, 0.5f, 1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f), scale, mid, bins.floor);
-  const __m256i next_second = _mm256_permutevar8x32_epi32(second, turn);
-  const __m256i next_first = _mm256_blend_epi32(_mm256_permutevar8x32_epi32(first, turn), next_second, 0x80);
-  __m256i low = eight_widths(_mm256_sub_epi32(next_first, first)), high = eight_widths(_mm256_sub_epi32(next_second, second));
-  low = _mm256_blend_epi32(low, _mm256_add_epi32(_mm256_shuffle_epi32(low, 0x55), one), 0x01);     // the end bins
-  high = _mm256_blend_epi32(high, _mm256_add_epi32(_mm256_shuffle_epi32(high, 0xaa), one), 0x80);
-  low = _mm256_min_epi32(low, most), high = _mm256_min_epi32(high, most);
-  const __m256i end = _mm256_sub_epi32(_mm256_add_epi32(next_first, one), _mm256_sllv_epi32(one, low));
-  const __m256i base = _mm256_packs_epi32(_mm256_blend_epi32(first, end, 0x01), second);
-  const __m256i width = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-  _mm256_storeu_si256((__m256i*)bins.base, _mm256_permute4x64_epi64(base, 0xd8));
-  _mm_storeu_si128((__m128i*)bins.width, _mm_packus_epi16(_mm256_castsi256_si128(width), _mm256_extracti128_si256(width, 1)));
+  const __m256i zero = _mm256_setzero_si256();
+  const auto edges = [&](__m256 steps) { return _mm256_add_ps(_mm256_mul_ps(steps, _mm256_set1_ps(scale)), _mm256_set1_ps(mid)); };
+  const __m256i pattern = sixteen_patterns<dtype>(edges(_mm256_setr_ps(-8.5f, -7.5f, -6.5f, -5.5f, -0.5f, 0.5f, 1.5f, 2.5f)),
+                                                  edges(_mm256_setr_ps(-4.5f, -3.5f, -2.5f, -1.5f, 3.5f, 4.5f, 5.5f, 6.5f)));
+  const __m256i magnitude = _mm256_srli_epi16(_mm256_and_si256(pattern, _mm256_set1_epi16(0x7fff)), low_bits(dtype));
+  const __m256i place = _mm256_sign_epi16(_mm256_subs_epu16(magnitude, _mm256_set1_epi16((int16_t)bins.floor)), pattern);
+  const __m256i next = _mm256_alignr_epi8(_mm256_permute2x128_si256(place, place, 0x81), place, 2); // nothing behind the last
+  // Bit lengths of spans: these are below 2^16, and the exponent of one as a float tells.
+  const __m256i span = _mm256_sub_epi16(next, place);
+  const auto exponents = [](__m256i spans) { return _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(spans)), 23); };
+  const __m256i exponent = _mm256_packus_epi32(exponents(_mm256_unpacklo_epi16(span, zero)), exponents(_mm256_unpackhi_epi16(span, zero)));
+  const __m256i length = _mm256_subs_epu16(exponent, _mm256_set1_epi16(126));
+  // The end bins: one more than their neighbours.
+  const __m256i inward = _mm256_setr_epi8(2, 3, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                          0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 12, 13);
+  const __m256i more = _mm256_setr_epi16(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1);
+  const __m256i width = _mm256_min_epi16(_mm256_add_epi16(_mm256_shuffle_epi8(length, inward), more), _mm256_set1_epi16(kMaxWidth));
+  // The first bin ends where the second begins.
+  const __m128i size = _mm_sllv_epi32(_mm_set1_epi32(1), _mm_cvtepu16_epi32(_mm256_castsi256_si128(width)));
+  const __m128i begin = _mm_sub_epi16(_mm_add_epi16(_mm256_castsi256_si128(next), _mm_set1_epi16(1)), size);
+  const __m128i early = _mm_blend_epi16(_mm256_castsi256_si128(place), begin, 0x01);
+  _mm256_storeu_si256((__m256i*)bins.base, _mm256_blend_epi32(place, _mm256_castsi128_si256(early), 0x0f));
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(width), _mm256_extracti128_si256(width, 1));
+  _mm_storeu_si128((__m128i*)bins.width, bytes);
 }
 #else
 template <int dtype> LOWBIT_INLINE void find_bins(float scale, float mid, Bins& bins) {
@@ -152,24 +152,19 @@ LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup])
 // 64 bits of a byte stream from bit `at` on.
 LOWBIT_INLINE uint64_t bits_at(const uint8_t* from, int64_t at) {
   const int shift = at & 7;
-  const uint64_t first = load<uint64_t>(from + (at >> 3)) >> shift;
-  return first | ((uint64_t)from[(at >> 3) + 8] << 1) << (63 - shift);
+  from += at >> 3;
+  return load<uint64_t>(from) >> shift | load<uint64_t>(from + 1) << (8 - shift); // where both have a bit, it is the same
 }
 
 // One row's 64 weights of one group.  `valid` of them exist; `out` has room for those.  Returns the bytes consumed.
 #if defined(__AVX2__) && defined(__BMI2__)
 
-// Eight fields, as long as the ones in each byte of `mask`, from the lower bits of `packed` into bytes.  Returns their bits.
-LOWBIT_INLINE int spread(uint64_t packed, const uint8_t* mask, uint8_t* fields) {
-  const uint64_t masks = load<uint64_t>(mask), eight = _pdep_u64(packed, masks);
-  memcpy(fields, &eight, 8);
-  return __builtin_popcountll(masks);
-}
-
 // A row on its way from fields to weights.  Every step stores what the next one loads in other sizes, which takes long
 // when it follows at once: so a step is done for all rows of a tile before the next.
+constexpr int kSixteens[4] = {0, 2, 1, 3}; // where a pack of two vectors leaves the masks of each 16 weights
 struct RowFields {
-  alignas(64) uint8_t masks[2][kGroup], main[kGroup], extra[kGroup], low[kGroup];
+  alignas(64) uint8_t main_masks[kGroup], main[kGroup], low[kGroup]; // a byte a weight
+  alignas(32) uint8_t extra_masks[kGroup / 2], extra[kGroup / 2];    // a nibble a weight; masks in the order of kSixteens
 };
 
 // Step 1: ones for the bits of each weight's main and extra fields.
@@ -177,28 +172,41 @@ LOWBIT_INLINE void find_masks(const uint8_t codes[kGroup], const Bins& bins, int
   const __m256i widths = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bins.width));
   const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, -1, 0, 0, 0, 0));
   const __m256i extra_ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7, 7, 0, 0, 0, 0));
+  const __m256i order = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                         16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  __m256i pairs[2];
   for (int i = 0; i < kGroup; i += 32) {
-    const __m256i width = _mm256_shuffle_epi8(widths, _mm256_loadu_si256((const __m256i*)(codes + i)));
-    _mm256_store_si256((__m256i*)(row.masks[0] + i), _mm256_shuffle_epi8(ones, width));
-    _mm256_store_si256((__m256i*)(row.masks[1] + i), _mm256_shuffle_epi8(extra_ones, width));
+    __m256i width = _mm256_shuffle_epi8(widths, _mm256_loadu_si256((const __m256i*)(codes + i)));
+    if (valid < kGroup) width = _mm256_and_si256(width, _mm256_cmpgt_epi8(_mm256_set1_epi8((int8_t)(valid - i)), order));
+    _mm256_store_si256((__m256i*)(row.main_masks + i), _mm256_shuffle_epi8(ones, width));
+    pairs[i / 32] = _mm256_maddubs_epi16(_mm256_shuffle_epi8(extra_ones, width), _mm256_set1_epi16(0x1001));
   }
-  if (valid < kGroup)
-    for (uint8_t* mask : row.masks) memset(mask + valid, 0, kGroup - valid);
+  _mm256_store_si256((__m256i*)row.extra_masks, _mm256_packus_epi16(pairs[0], pairs[1]));
 }
 
-// Step 2: bits to bytes.  Returns the payload's bytes.
+// Step 2: bits to bytes and nibbles.  Returns the payload's bytes.
 template <int dtype> LOWBIT_INLINE int64_t spread_row(const uint8_t* payload, int64_t valid, RowFields& row) {
   int64_t at = 0;
 #pragma GCC unroll 8
-  for (int i = 0; i < kGroup; i += 8) at += spread(bits_at(payload, at), row.masks[0] + i, row.main + i);
+  for (int i = 0; i < kGroup; i += 8) {
+    const uint64_t mask = load<uint64_t>(row.main_masks + i), fields = _pdep_u64(bits_at(payload, at), mask);
+    memcpy(row.main + i, &fields, 8);
+    at += __builtin_popcountll(mask);
+  }
   at = (at + 7) & ~(int64_t)7;
-#pragma GCC unroll 8
-  for (int i = 0; i < kGroup; i += 8)
-    at += spread(load<uint64_t>(payload + (at >> 3)) >> (at & 7), row.masks[1] + i, row.extra + i);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const uint64_t mask = load<uint64_t>(row.extra_masks + 8 * kSixteens[i]);
+    const uint64_t packed = load<uint64_t>(payload + (at >> 3)) >> (at & 7), fields = _pdep_u64(packed, mask); // 48 bits at most
+    memcpy(row.extra + 8 * i, &fields, 8);
+    at += __builtin_popcountll(mask);
+  }
   at = (at + 7) & ~(int64_t)7;
   if (dtype == kFloat16) {
-    static const uint8_t three[8] = {7, 7, 7, 7, 7, 7, 7, 7};
-    for (int64_t i = 0; i < valid; i += 8) spread(load<uint32_t>(payload + (at + 3 * i) / 8), three, row.low + i);
+    for (int64_t i = 0; i < valid; i += 8) {
+      const uint64_t fields = _pdep_u64(load<uint32_t>(payload + (at + 3 * i) / 8), 0x0707070707070707u);
+      memcpy(row.low + i, &fields, 8);
+    }
     at += (3 * valid + 7) / 8 * 8;
   }
   return at >> 3;
@@ -208,7 +216,8 @@ template <int dtype> LOWBIT_INLINE int64_t spread_row(const uint8_t* payload, in
 template <int dtype>
 LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const Bins& bins, const RowFields& row, int64_t valid,
                              uint16_t* out) {
-  alignas(64) uint16_t whole[kGroup];
+  alignas(64) uint16_t partial[kGroup];
+  uint16_t* whole = valid == kGroup ? out : partial;
   const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
   const __m256i split = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)bins.base), order);
   const __m256i low_bytes = _mm256_permute4x64_epi64(split, 0x88), high_bytes = _mm256_permute4x64_epi64(split, 0xdd);
@@ -217,23 +226,22 @@ LOWBIT_INLINE void place_row(const uint8_t codes[kGroup], const Bins& bins, cons
     const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + i));
     const __m256i base_low = _mm256_shuffle_epi8(low_bytes, code), base_high = _mm256_shuffle_epi8(high_bytes, code);
     const __m256i lower = _mm256_load_si256((const __m256i*)(row.main + i));
-    const __m256i upper = _mm256_load_si256((const __m256i*)(row.extra + i));
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)(row.extra + i / 2)));
+    const __m256i upper = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
     const __m256i lowest = dtype == kFloat16 ? _mm256_load_si256((const __m256i*)(row.low + i)) : zero;
     __m256i half[2] = {_mm256_add_epi16(_mm256_unpacklo_epi8(base_low, base_high), _mm256_unpacklo_epi8(lower, upper)),
                        _mm256_add_epi16(_mm256_unpackhi_epi8(base_low, base_high), _mm256_unpackhi_epi8(lower, upper))};
     const __m256i tail[2] = {_mm256_unpacklo_epi8(lowest, zero), _mm256_unpackhi_epi8(lowest, zero)};
     for (int h = 0; h < 2; h++) {
-      const __m256i place = half[h];
-      __m256i pattern = _mm256_add_epi16(_mm256_abs_epi16(place), floor);
-      pattern = _mm256_andnot_si256(_mm256_cmpeq_epi16(place, zero), pattern);
+      const __m256i number = _mm256_add_epi16(half[h], _mm256_sign_epi16(floor, half[h])); // away from 0, where it is not 0
+      __m256i pattern = _mm256_abs_epi16(number);
       if (dtype == kFloat16) pattern = _mm256_or_si256(_mm256_slli_epi16(pattern, 3), tail[h]);
-      half[h] = _mm256_or_si256(pattern, _mm256_and_si256(place, _mm256_set1_epi16((int16_t)0x8000)));
+      half[h] = _mm256_or_si256(pattern, _mm256_and_si256(number, _mm256_set1_epi16((int16_t)0x8000)));
     }
-    _mm256_store_si256((__m256i*)(whole + i), _mm256_permute2x128_si256(half[0], half[1], 0x20));
-    _mm256_store_si256((__m256i*)(whole + i + 16), _mm256_permute2x128_si256(half[0], half[1], 0x31));
+    _mm256_storeu_si256((__m256i*)(whole + i), _mm256_permute2x128_si256(half[0], half[1], 0x20));
+    _mm256_storeu_si256((__m256i*)(whole + i + 16), _mm256_permute2x128_si256(half[0], half[1], 0x31));
   }
-  if (valid == kGroup) memcpy(out, whole, sizeof whole);
-  else memcpy(out, whole, 2 * valid);
+  if (valid < kGroup) memcpy(out, partial, 2 * valid);
 }
 
 // All steps for one row at a time.
@@ -456,7 +464,6 @@ LOWBIT_INLINE int64_t decode_wide_row(const uint8_t* payload, __m512i codes, con
 template <int dtype, bool whole>
 LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const uint8_t* to, int64_t present, int64_t rows,
                                int64_t columns, uint16_t* out, int64_t stride) {
-  uint16_t unwanted[kGroup];
   const uint8_t* ends = tile + kCodeBytes;
 #if defined(__AVX512VBMI2__)
   __m512i codes[kRows];
@@ -480,12 +487,12 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
     __builtin_prefetch(from + kAheadBytes); // two tiles on: codes, and about there the fields
     __builtin_prefetch(tile + 2 * kTileBytes + r * (kTileBytes / kRows));
 #if defined(__AVX512VBMI2__)
-    uint16_t* row = r < rows ? out + r * stride : unwanted;
+    uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
     from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
 #elif defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
     from += spread_row<dtype>(from, columns, fields[r]);
 #else
-    uint16_t* row = r < rows ? out + r * stride : unwanted;
+    uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
     Bins bins;
     find_bins<dtype>(from_bfloat16(load<uint16_t>(ends + 2 * r)), from_bfloat16(load<uint16_t>(ends + 32 + 2 * r)), bins);
     from += decode_row<dtype>(from, codes[r], bins, columns, row);
