@@ -70,6 +70,24 @@ def test_rows_are_the_checkpoints_whatever_is_cached(
             found.fill_(7)  # the caller's own: it must not reach the cache
 
 
+@pytest.mark.parametrize("form", ["residual", "raw"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_the_head_and_the_embedding_do_not_mix(tmp_path: Path, form: str, tied: bool) -> None:
+    """Both tables share a cache that holds a few rows of them."""
+    model = write_tiny(tmp_path / "model", "qwen2", torch.bfloat16, hidden_size=100, tie_word_embeddings=tied)
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding if tied else tensors["lm_head.weight"]
+    rng = random.Random(5)
+    with opened(prepare(model, store=tmp_path / "store", stream=form)) as rows:
+        for _ in range(60):
+            tokens = [rng.randrange(9) for _ in range(rng.randint(0, 4))]
+            assert torch.equal(looked_up(rows, tokens), embedding[tokens])
+            out = torch.full((len(tokens), 100), torch.nan, dtype=torch.bfloat16)
+            rows.lookup_head(torch.tensor(tokens, dtype=torch.int64), out)
+            assert torch.equal(out, head[tokens])
+
+
 def test_recent_rows_are_not_read_again_and_the_oldest_go_first(
     prepared: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

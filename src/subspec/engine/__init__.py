@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from subspec.engine.draft_head import DraftHead
 from subspec.engine.host_view import HostView
 from subspec.engine.loading import Progress
 from subspec.engine.places import Places
@@ -30,6 +31,7 @@ from subspec.models.operations import operations
 from subspec.planning.plan import Plan
 from subspec.store.layout import head_chunks
 from subspec.store.reader import Store
+from subspec.store.rows import EmbeddingRows
 from subspec.store.vectors import FINAL_NORM, layer_norms
 from subspec.substitute.fused import draft_layer
 
@@ -111,6 +113,8 @@ class Engine:
             draft_layer(products, setting)
             for products, setting in zip(self.weights.draft_layers, self.decoder.settings, strict=True)
         ]
+        head = self.weights.draft_head
+        self._draft_head = DraftHead(head, self.rows) if isinstance(self.rows, EmbeddingRows) else head
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         streamed = self.weights.streamed()
         staging, self.exchange = self.places.staging(), self.places.exchange()
@@ -171,7 +175,7 @@ class Engine:
             self.run(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
         logits = self._logits(len(rows))
-        self.run(lambda: self.weights.draft_head(self._normed(hidden), logits), "draft head")
+        self.run(lambda: self._draft_head(self._normed(hidden), logits), "draft head")
         if self.timeline is not None and not self.schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)
@@ -281,7 +285,7 @@ class Engine:
         for index, layer in enumerate(self._draft_layers):
             self._layer(index, layer, hidden, rows, ledger)
         logits = self._logits(len(rows))
-        self.weights.draft_head(self._normed(hidden), logits)
+        self._draft_head(self._normed(hidden), logits)
         then(logits)
 
     def _hidden(self, rows: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Embedding rows, read when a token first needs them, with a bounded cache.
+"""Rows of the input embedding and of the output head, read when a token first needs them, with a bounded cache.
 
-A pass needs a few rows of a table that may be the largest tensor of the model: each costs one or two pages
-of disk, or, where the table is the tied head and kept as residuals, the pages of sixteen rows' residuals and
-substitutes. Every row is checked against its own checksum.
+A pass needs a few rows of tables that may be the largest tensors of the model: each costs one or two pages
+of disk, or, of a head that is kept as residuals, the pages of sixteen rows' residuals and substitutes.  Every
+embedding row is checked against its own checksum.  Of a head that is a table of its own, only drafts see
+rows looked up here.
 """
 
 from collections import OrderedDict
@@ -66,7 +67,7 @@ class ExactRows:
 
 
 class RebuiltRows:
-    """Rows of the tied head, rebuilt from its chunks' residuals and substitutes."""
+    """Rows of the output head, rebuilt from its chunks' residuals and substitutes."""
 
     def __init__(self, store: Store) -> None:
         self._k, self._dtype = store.config.hidden_size, store.dtype
@@ -107,12 +108,12 @@ class RebuiltRows:
 
 
 class EmbeddingRows:
-    """Looks up rows of the input embedding.
+    """Looks up rows of the input embedding and of the output head.
 
     Args:
         store: has the rows, in the head's chunks if embeddings are tied.
-        checksums: (V,) CRC-32 of each row.
-        cache_rows: rows kept, least recently used out first.
+        checksums: (V,) CRC-32 of each row of the embedding.
+        cache_rows: rows kept of both, least recently used out first.
         arena: where the cache lives.
     """
 
@@ -121,9 +122,11 @@ class EmbeddingRows:
         self._dtype = store.dtype
         self._checksums = checksums
         self._cache = arena.tensor("embedding_cache", (cache_rows, self._hidden), store.dtype)
-        self._place: OrderedDict[int, int] = OrderedDict()
-        self._source = _row_source(store)
-        self._buffers = [map_bytes(self._source.span_bytes) for _ in range(READERS)]
+        self._place: OrderedDict[tuple[int, int], int] = OrderedDict()  # of a table's token
+        head = _head_source(store)
+        self._sources = [head] if store.config.tied_embeddings else [_table_source(store), head]
+        span_bytes = max(source.span_bytes for source in self._sources)
+        self._buffers = [map_bytes(span_bytes) for _ in range(READERS)]
         self._pool = ThreadPoolExecutor(READERS)
 
     def lookup(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
@@ -132,65 +135,81 @@ class EmbeddingRows:
         Raises:
             StoreError: a row cannot be read, or is damaged.
         """
+        self._lookup(0, tokens, out)
+
+    def lookup_head(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the output head's rows of tokens (T,) to ``out`` (T, C).
+
+        Raises:
+            StoreError: a row cannot be read, or is known to be damaged.
+        """
+        self._lookup(len(self._sources) - 1, tokens, out)
+
+    def close(self) -> None:
+        """Stop the readers."""
+        self._pool.shutdown()
+
+    def _lookup(self, table: int, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """Write rows of a table to ``out``: from the cache, or read at once by all readers."""
         missing: dict[int, list[int]] = {}
         for place, token in enumerate(tokens.tolist()):
-            slot = self._place.get(token)
+            slot = self._place.get((table, token))
             if slot is None:
                 missing.setdefault(token, []).append(place)
             else:
-                self._place.move_to_end(token)
+                self._place.move_to_end((table, token))
                 out[place] = self._cache[slot]
         wanted = sorted(missing)
         if len(wanted) == 1:
-            self._read_into(out, missing, wanted, 0)
+            self._read_into(table, out, missing, wanted, 0)
         elif wanted:
             jobs = [
-                self._pool.submit(self._read_into, out, missing, wanted[n::READERS], n)
+                self._pool.submit(self._read_into, table, out, missing, wanted[n::READERS], n)
                 for n in range(READERS)
             ]
             wait(jobs)  # all of them, before any error: the buffers are the next call's
             for job in jobs:
                 job.result()
         for token in wanted:
-            self._keep(token, out[missing[token][0]])
-
-    def close(self) -> None:
-        """Stop the readers."""
-        self._pool.shutdown()
+            self._keep((table, token), out[missing[token][0]])
 
     def _read_into(
-        self, out: torch.Tensor, places: dict[int, list[int]], tokens: list[int], reader: int
+        self, table: int, out: torch.Tensor, places: dict[int, list[int]], tokens: list[int], reader: int
     ) -> None:
         """Read some tokens' rows with one reader's buffer."""
         for token in tokens:
-            row = self._read(token, self._buffers[reader])
+            row = self._read(table, token, self._buffers[reader])
             for place in places[token]:
                 out[place] = row
 
-    def _read(self, token: int, buffer: torch.Tensor) -> torch.Tensor:
-        """One row (C,), checked."""
-        content = self._source.read(token, buffer)
-        expected, path = int(self._checksums[token]), self._source.path(token)
-        check_crc32(writable(content), expected, path, f"the embedding of token {token}")
+    def _read(self, table: int, token: int, buffer: torch.Tensor) -> torch.Tensor:
+        """One row (C,), an embedding's checked."""
+        content = self._sources[table].read(token, buffer)
+        if table == 0:
+            expected, path = int(self._checksums[token]), self._sources[table].path(token)
+            check_crc32(writable(content), expected, path, f"the embedding of token {token}")
         return content.view(self._dtype)
 
-    def _keep(self, token: int, row: torch.Tensor) -> None:
+    def _keep(self, place: tuple[int, int], row: torch.Tensor) -> None:
         """Put a row into the cache, in place of the least recently used one if it is full."""
         if len(self._place) < self._cache.shape[0]:
             slot = len(self._place)
         else:
             _, slot = self._place.popitem(last=False)
         self._cache[slot] = row
-        self._place[token] = slot
+        self._place[place] = slot
 
 
-def _row_source(store: Store) -> RowSource:
-    """Where a store has the rows of its input embedding."""
+def _table_source(store: Store) -> RowSource:
+    """Where a store has the rows of an input embedding that is a table of its own."""
     row_bytes = store.config.hidden_size * store.dtype.itemsize
-    if not store.config.tied_embeddings:
-        return ExactRows([store.file("embedding.exact")], store.config.vocab_size, row_bytes)
+    return ExactRows([store.file("embedding.exact")], store.config.vocab_size, row_bytes)
+
+
+def _head_source(store: Store) -> RowSource:
+    """Where a store has the rows of the output head."""
     if store.manifest.codec == "residual":
         return RebuiltRows(store)
     chunks = head_chunks(store.config, store.dtype.itemsize)
     files = [store.file(head_file(index, "exact")) for index in range(len(chunks))]
-    return ExactRows(files, chunks[0].stop, row_bytes)
+    return ExactRows(files, chunks[0].stop, store.config.hidden_size * store.dtype.itemsize)
