@@ -10,7 +10,7 @@ from subspec.store.rows import EmbeddingRows
 from subspec.substitute.linear import SubstituteLinear
 
 RIVALS = 4  # most tokens of a row that are computed exactly
-MARGIN = 1.0  # below the largest logit, about three standard deviations of what a substitute moves a difference
+MARGIN = 1.0  # below the largest logit: three standard deviations of what a substitute moves a difference
 
 
 class DraftHead:

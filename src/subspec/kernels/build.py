@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -61,15 +62,18 @@ def build() -> dict[str, str]:
     sources = sorted((HERE / "cpu").glob("*.cpp"))
     newest = max(path.stat().st_mtime for path in [*(HERE / "cpu").iterdir(), Path(__file__)])
     program = compiler()
-    outcome = {}
-    for level, flags in levels().items():
+
+    def built(level: str, flags: list[str]) -> str:
         target = library_path(level)
         if target.exists() and target.stat().st_mtime > newest:
-            outcome[level] = "ok"
-        elif program is None:
-            outcome[level] = "no C++ compiler found (tried $CXX, c++, g++, clang++)"
-        else:
-            outcome[level] = _compile(program, sources, flags, target)
+            return "ok"
+        if program is None:
+            return "no C++ compiler found (tried $CXX, c++, g++, clang++)"
+        return _compile(program, sources, flags, target)
+
+    wanted = levels()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcome = dict(zip(wanted, pool.map(built, wanted, wanted.values()), strict=True))
     (HERE / "build.json").write_text(json.dumps(outcome, indent=1))
     return outcome
 

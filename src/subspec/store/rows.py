@@ -1,4 +1,4 @@
-"""Rows of the input embedding and of the output head, read when a token first needs them, with a bounded cache.
+"""Rows of the input embedding and of the output head, read when a token first needs them; a bounded cache.
 
 A pass needs a few rows of tables that may be the largest tensors of the model: each costs one or two pages
 of disk, or, of a head that is kept as residuals, the pages of sixteen rows' residuals and substitutes.  Every
