@@ -228,7 +228,8 @@ class LLM:
         turn, plan = self._turn, self.plan
         reused = min(_common_prefix(self._cached, ids), len(ids) - 1)
         self._cached = ids[:reused]
-        sampler = Sampler(params, ids, plan.draft_temperature)
+        ends = () if params.ignore_eos else self.config.eos_token_ids
+        sampler = Sampler(params, ids, plan.draft_temperature, ends=ends)
         shape = self.tree if mode == "speculative" else None
         limit = min(params.max_new_tokens, plan.context - len(ids))
         answer = Answer(self.tokenizer, self.config.eos_token_ids, ids, params, limit)

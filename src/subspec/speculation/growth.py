@@ -85,20 +85,22 @@ class Growth:
             if known is None and (room <= 0 or math.exp(score) < least_score or node in self._forwarded):
                 return
             node = tree.add(token, node, score) if known is None else known
+            if token in self.sampler.ends:
+                return
 
     def frontier(self, most: int) -> tuple[list[int], list[float]]:
         """The nodes to forward next, best first, and the probabilities that it matters.
 
         Those are of reaching the node and no child that is guessed already.  At most ``most`` nodes, and no
-        more than have room for themselves and their children.
+        more than have room for themselves and their children; none that ends the text.
         """
-        tree = self.tree
+        tree, ends = self.tree, self.sampler.ends
         room = self.capacity - len(tree) - len(tree.shadows)
         chances = {
             node: math.exp(tree.scores[node])
             for node in range(len(tree))
             if node not in self._forwarded
-            and (node == 0 or tree.parents[node] in self._forwarded)
+            and (node == 0 or (tree.parents[node] in self._forwarded and tree.tokens[node] not in ends))
             and tree.depths[node] < self.max_depth
         }
         for node in range(1, len(tree)):

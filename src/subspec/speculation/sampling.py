@@ -7,7 +7,7 @@ noiseless case. The draft ranks its guesses under the same noise.  Source: the G
 1954; Maddison et al. 2014).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,7 @@ class Sampler:
         context: token ids so far (for the penalty).
         draft_temperature: divisor that turns a draft's perturbed scores into probabilities; kept.
         candidates: how many of a draft row's likeliest tokens are ranked under the noise.
+        ends: tokens that end the text: nothing is worth drafting after them; kept.
     """
 
     def __init__(
@@ -103,8 +104,9 @@ class Sampler:
         context: Sequence[int],
         draft_temperature: float = 1.0,
         candidates: int = CANDIDATES,
+        ends: Collection[int] = (),
     ) -> None:
-        self.params = params
+        self.params, self.ends = params, frozenset(ends)
         self.draft_temperature = draft_temperature
         self._candidates = candidates
         self._seen = set(context)
