@@ -36,9 +36,8 @@ def written(x: torch.Tensor, approximate: torch.Tensor, table: Table) -> torch.T
 def test_rivals_are_exact_and_nothing_else_is_touched() -> None:
     table, x = Table(), torch.randn(40, C).bfloat16()
     exact = (x.float() @ table.weight.float().T).bfloat16()
-    steps = torch.tensor([0.25, 0.5, 1.25])[torch.randint(0, 3, (40, V))].cumsum(
-        1
-    )  # none alike, also in bf16
+    # No two alike in a row, also in bf16.
+    steps = torch.tensor([0.25, 0.5, 1.25])[torch.randint(0, 3, (40, V))].cumsum(1)
     approximate = torch.stack([row[torch.randperm(V)] for row in steps]).bfloat16()
     out = written(x, approximate, table)
     refined = 0

@@ -15,15 +15,15 @@ class Answer:
 
     Attributes:
         tokenizer: the transformers tokenizer, or None.
-        eos_token_ids: the model's end tokens.
+        ends: tokens that end the text.
         prompt: token ids.
-        params: what ends the text.
+        params: what else ends the text.
         limit: most tokens that there is room for.
         token_ids: so far; ``finish_reason``: what ended it, or nothing.
     """
 
     tokenizer: Any
-    eos_token_ids: Collection[int]
+    ends: Collection[int]
     prompt: list[int]
     params: SamplingParams
     limit: int
@@ -40,7 +40,7 @@ class Answer:
             taken.append(token)
             self.token_ids.append(token)
             text += self._text.feed(token)
-            if not self.params.ignore_eos and token in self.eos_token_ids:
+            if token in self.ends:
                 self.finish_reason = "eos"
             elif self._text.stopped:
                 self.finish_reason = "stop"

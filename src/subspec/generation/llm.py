@@ -232,7 +232,7 @@ class LLM:
         sampler = Sampler(params, ids, plan.draft_temperature, ends=ends)
         shape = self.tree if mode == "speculative" else None
         limit = min(params.max_new_tokens, plan.context - len(ids))
-        answer = Answer(self.tokenizer, self.config.eos_token_ids, ids, params, limit)
+        answer = Answer(self.tokenizer, ends, ids, params, limit)
         clock = Clock(self.engine, mode, reused)
         commits = decode(self.engine.on_host(), ids, reused, sampler, shape, limit, self.engine.timeline)
         for commit in _explained(commits, self.engine):

@@ -177,14 +177,18 @@ SUBSPEC_INLINE Vec load_lanes(const Fp16* from) {
 #endif
 }
 
-SUBSPEC_INLINE void store_lanes(float* to, Vec v) { store(to, v); }
-SUBSPEC_INLINE void store_lanes(Bf16* to, Vec v) {
-    const WordVec bits = (WordVec)v;
-    const WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const WordVec chosen = (v != v) ? (bits >> 16) | 0x40u : rounded;
-    const HalfVec halves = __builtin_convertvector(chosen, HalfVec);
+// A vector's values as bf16, rounded like one by `narrow`.
+template <class Words, class Halves, class Floats>
+SUBSPEC_INLINE void store_bf16(Bf16* to, Floats v) {
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words chosen = (v != v) ? (bits >> 16) | 0x40u : rounded;
+    const Halves halves = __builtin_convertvector(chosen, Halves);
     memcpy(to, &halves, sizeof halves);
 }
+
+SUBSPEC_INLINE void store_lanes(float* to, Vec v) { store(to, v); }
+SUBSPEC_INLINE void store_lanes(Bf16* to, Vec v) { store_bf16<WordVec, HalfVec>(to, v); }
 SUBSPEC_INLINE void store_lanes(Fp16* to, Vec v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -197,18 +201,14 @@ SUBSPEC_INLINE void store_lanes(Fp16* to, Vec v) {
 
 // Four values, rounded alike.
 typedef float Quad __attribute__((vector_size(16)));
+typedef uint32_t QuadWords __attribute__((vector_size(16)));
+typedef uint16_t QuadHalves __attribute__((vector_size(8)));
 template <class Scalar>
-SUBSPEC_INLINE Quad load_four(const Scalar* from) { return Quad{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])}; }
-SUBSPEC_INLINE void store_four(float* to, Quad v) { memcpy(to, &v, sizeof v); }
-SUBSPEC_INLINE void store_four(Bf16* to, Quad v) {
-    typedef uint32_t Words __attribute__((vector_size(16)));
-    typedef uint16_t Halves __attribute__((vector_size(8)));
-    const Words bits = (Words)v;
-    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Words chosen = (v != v) ? (bits >> 16) | 0x40u : rounded;
-    const Halves halves = __builtin_convertvector(chosen, Halves);
-    memcpy(to, &halves, sizeof halves);
+SUBSPEC_INLINE Quad load_four(const Scalar* from) {
+    return Quad{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
 }
+SUBSPEC_INLINE void store_four(float* to, Quad v) { memcpy(to, &v, sizeof v); }
+SUBSPEC_INLINE void store_four(Bf16* to, Quad v) { store_bf16<QuadWords, QuadHalves>(to, v); }
 SUBSPEC_INLINE void store_four(Fp16* to, Quad v) {
 #if defined(__AVX2__)
     _mm_storel_epi64((__m128i*)to, _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
