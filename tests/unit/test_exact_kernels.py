@@ -21,17 +21,20 @@ INT_VIEW = {
 }
 
 
-@pytest.fixture(params=[*build.levels(), "avx512bf16 paired"], autouse=True)
+# Levels, and the ways of bf16 products that some have beside the plain one.
+WAYS = {**dict.fromkeys(build.levels(), 0), "avx512bf16 pairs": 1, "amx": 2}
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs each test once for every level that this machine can load, and both ways of bf16 products."""
-    name, _, paired = str(request.param).partition(" ")
-    library, reason = native._load(name) if name in build.levels() else (None, "of another processor family")
+    """Runs each test once for every level that this machine can load, and each way of bf16 products."""
+    name, way = str(request.param).partition(" ")[0], WAYS[request.param]
+    library, reason = native._load(name) if name in native.levels() else (None, "of another processor family")
     if library is None:
         pytest.skip(reason)
-    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, library, {}))
-    monkeypatch.setattr(exact, "pairs", lambda _: int(bool(paired)))
-    if paired and "linear" not in request.node.name and "rounding" not in request.node.name:
-        pytest.skip("only products have two ways")
+    if way and "linear" not in request.node.name and "rounding" not in request.node.name:
+        pytest.skip("only products have several ways")
+    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, library, {}, way))
     return name
 
 

@@ -384,18 +384,19 @@ def test_a_constant_group_takes_no_bits() -> None:
 # The product
 
 
-def linear_ways() -> list[str]:
-    return [*LIBRARIES, *(["avx512bf16 paired"] if "avx512bf16" in LIBRARIES else [])]
+def linear_ways() -> list[tuple[str, int]]:
+    """Levels, and the ways of bf16 products that each has here."""
+    tiles = native._load("amx")[0] is not None
+    more = [("avx512bf16", way) for way in (1, 2)[: 1 + tiles]] if "avx512bf16" in LIBRARIES else []
+    return [*((level, 0) for level in LIBRARIES), *more]
 
 
-@pytest.mark.parametrize("way", linear_ways())
+@pytest.mark.parametrize(("name", "way"), linear_ways())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product_equals_that_of_the_exact_weight(
-    dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, name: str, way: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, _, paired = way.partition(" ")
-    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, LIBRARIES[name], {}))
-    monkeypatch.setattr(exact, "pairs", lambda _: int(bool(paired)))
+    monkeypatch.setattr(native, "kernels", lambda: native.Kernels(name, LIBRARIES[name], {}, way))
     twin = ResidualKernels(LIBRARIES[name])
     for n, k in [(1, 1), (16, 64), (75, 130), (150, 333), (203, 64), (64, 1100)]:
         weight = gaussian(n, k, dtype, scale=0.1)

@@ -21,7 +21,6 @@ from subspec.kernels import native
 MAX_HEAD_DIM = 512
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "subspec_pairs": ([], _I),
     "subspec_linear": ([_I, _I, _P, _P, _P, _P, _N, _N, _N, _I], _I),
     "subspec_attend": ([_I, *[_P] * 7, *[_N] * 7, _F, _I], _I),
     "subspec_rms_norm": ([_I, _P, _P, _P, _N, _N, _F, _I], None),
@@ -49,12 +48,6 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise OptionError("the exact kernels are native code and none is loaded: `subspec doctor` says why")
     return _declare(library)
-
-
-@functools.cache
-def pairs(library: ctypes.CDLL) -> int:
-    """1 where bf16 products are faster through the processor's bf16 instruction, else 0."""
-    return int(library.subspec_pairs() == 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -85,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     library = _library()
     failed = library.subspec_linear(
         native.DTYPE_CODES[x.dtype],
-        pairs(library),
+        native.kernels().bf16,
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),

@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from subspec.kernels import exact
-from subspec.kernels.native import DTYPE_CODES, kernels
+from subspec.kernels import native
+from subspec.kernels.native import DTYPE_CODES
 
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -30,7 +30,6 @@ class ResidualKernels:
         self._decode.argtypes, self._decode.restype = [_I, _P, _P, *[_N] * 5, _P, _I], None
         self._linear = library.subspec_linear_residual
         self._linear.argtypes, self._linear.restype = [_I, _I, *[_P] * 3, _N, _P, _P, *[_N] * 3, _I], _I
-        self._pairs = exact.pairs(library)
 
     def encode(self, weight: Tensor, tiles: Tensor) -> Tensor:
         """The residual of ``weight`` (N, K; rows may be apart), a new tensor.
@@ -96,7 +95,7 @@ class ResidualKernels:
         assert bias is None or (bias.dtype is x.dtype and bias.shape == (n,) and bias.is_contiguous())
         out = torch.empty(rows, n, dtype=x.dtype)
         failed = self._linear(
-            DTYPE_CODES[x.dtype], self._pairs, x.data_ptr(), tiles.data_ptr(), residual.data_ptr(),
+            DTYPE_CODES[x.dtype], native.kernels().bf16, x.data_ptr(), tiles.data_ptr(), residual.data_ptr(),
             len(residual), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, k, n,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -111,5 +110,5 @@ class ResidualKernels:
 @functools.cache
 def residual_kernels() -> ResidualKernels | None:
     """The functions of the library in use, or None without one (then the references serve)."""
-    library = kernels().library
+    library = native.kernels().library
     return None if library is None else ResidualKernels(library)
