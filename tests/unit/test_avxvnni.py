@@ -67,7 +67,7 @@ def test_lies_between_avx512_and_avx2() -> None:
     names = list(build.X86_LEVELS)
     assert names.index("avx512") < names.index("avxvnni") < names.index("avx2")
     assert build.X86_LEVELS["avxvnni"] == build.X86_LEVELS["avx2"] + " -mavxvnni"
-    assert set(native._NEEDS) == {*names, "portable"}
+    assert set(native._NEEDS) == {*names, "amx", "portable"}
     assert native._NEEDS["avxvnni"] - native._NEEDS["avx2"] == {"avx_vnni"}
 
 
