@@ -21,7 +21,7 @@ from subspec.memory.hazards import SWITCH
 from subspec.memory.schedule import Step
 from subspec.models.decoder import Rows
 from subspec.models.kv_ledger import InexactError
-from subspec.speculation.adaptive import Speculator
+from subspec.speculation.adaptive import Speculation, Speculator
 from subspec.speculation.calibration import calibrations
 from subspec.speculation.growth import Growth
 from subspec.speculation.policy import Policy
@@ -49,6 +49,9 @@ class ByChance(Policy):
     def __init__(self, seed: int) -> None:
         super().__init__(StepTimes(), width=WIDTH, nodes=NODES, depth=DEPTH)
         self._random = random.Random(seed)
+
+    def read_prompt(self, rows: int) -> bool:
+        return self._random.random() < 0.5
 
     def widen(self, frontier: Sequence[float], scores: Sequence[float], drafting_s: float) -> int:
         return min(self._random.choice((0, 1, 1, 2, 2, 3, WIDTH)), len(frontier))
@@ -97,12 +100,12 @@ class Gappy(Drafter):
         self._swept = set()
         return logits
 
-    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
+    def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
         slots = rows.slots.long()
         cache = self._engine.cache
         self._token_in.update(zip(slots.tolist(), rows.tokens.tolist(), strict=True))
         if self._own_drafts:
-            steps = self._engine.draft_steps(rows)
+            steps = self._engine.draft_steps(rows, last_only=last_only)
         for layer in range(len(cache.keys)):
             assert self._swept.isdisjoint(slots.tolist()), "a draft writes where the sweep does"
             if self._own_drafts:
@@ -113,7 +116,8 @@ class Gappy(Drafter):
         if self._own_drafts:
             with pytest.raises(StopIteration):
                 next(steps)
-        return torch.stack([self._row(rows, index) for index in range(len(rows))])  # (T, V)
+        wanted = range(len(rows))[-1:] if last_only else range(len(rows))
+        return torch.stack([self._row(rows, index) for index in wanted])  # (T, V)
 
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
         tokens = [self._token_in.get(source) for source in sources]
@@ -219,6 +223,25 @@ def test_subtrees_that_survive_are_verified_and_accepted(subject: Subject) -> No
         for seed in range(4):
             assert subject.run("greedy", "always", seed)[0].same(subject.plain("greedy"))
     assert max(kept) > 4
+
+
+def test_what_was_drafted_behind_the_prompt_begins_the_first_step(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    original = Speculation.prefilled
+
+    def counted(self: Speculation, token: int) -> None:
+        original(self, token)
+        begun.append(len(self._growth.tree))
+
+    monkeypatch.setattr(Speculation, "prefilled", counted)
+    for reads in (True, False):
+        monkeypatch.setattr(ByChance, "read_prompt", lambda *_, reads=reads: reads)
+        for seed in range(4):
+            assert subject.run("temperature", "always", seed)[0].same(subject.plain("temperature"))
+    assert max(begun[:4]) > 3
+    assert begun[4:] == [1] * 4
 
 
 def test_a_draft_without_guesses(subject: Subject) -> None:

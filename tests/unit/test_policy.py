@@ -108,6 +108,31 @@ def test_rows_are_free_behind_the_link_unless_gaps_are_worth_something() -> None
     assert policy(known, 5.0, gap_value=1.0).verify(scores, 0.0) == 1
 
 
+def test_where_the_sweep_is_full_a_node_must_be_likelier_than_another() -> None:
+    """Growing on brings nothing but what it displaces, however little rows and passes cost."""
+    known = times(0.001, 0.1, 0.0, 2.0)
+    decided = policy(known, rate=5.0)
+    full = [1.0] * decided.nodes
+    assert decided.widen([0.5], full[:-1], 0.0) == 1
+    assert decided.widen([0.5], full, 0.0) == 0
+    assert decided.widen([0.5], [*full[:-1], 0.1], 0.0) == 1
+
+
+def test_the_draft_reads_a_prompt_where_the_link_leaves_time_for_it() -> None:
+    known = times(0.05, 0.2, 0.001, 2.7)
+    decided = policy(known)
+    assert decided.read_prompt(1)
+    assert decided.read_prompt(60), "few rows cost nothing more than one, as far as is known"
+    known.observe_prompt(50, 1.05)  # 20 ms a row
+    assert known.prompt_s(60) == pytest.approx(0.05 + 60 * 0.02)
+    assert known.prompt_s(4) == 0.05, "so few rows were timed themselves"
+    assert decided.read_prompt(20)
+    assert not decided.read_prompt(60)
+    known.link_s = 0.0
+    assert not decided.read_prompt(1), "nothing streams"
+    assert not policy(StepTimes(link_s=3.0)).read_prompt(1), "what it costs is not known"
+
+
 def test_a_gap_takes_the_width_that_brings_most_a_second() -> None:
     known = StepTimes()
     for rows, cost in ((1, 0.030), (2, 0.033), (4, 0.060)):

@@ -166,16 +166,17 @@ class Engine:
         """One pass over substitutes: logits (T, V); keys and values written for all rows."""
         return finished(self.draft_steps(rows))
 
-    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
-        """``draft`` in pieces: yields after each layer, returns the logits."""
+    def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
+        """``draft`` in pieces: yields after each layer, returns the logits, or those of the last row."""
         start = time.perf_counter()
         hidden = self._embedded(rows)
         ledger = self._entered(rows, exact=False)
         for index, layer in enumerate(self._draft_layers):
             self.run(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
-        logits = self._logits(len(rows))
-        self.run(lambda: self._draft_head(self._normed(hidden), logits), "draft head")
+        wanted = hidden[-1:] if last_only else hidden
+        logits = self._logits(len(wanted))
+        self.run(lambda: self._draft_head(self._normed(wanted), logits), "draft head")
         if self.timeline is not None and not self.schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)

@@ -39,6 +39,12 @@ class Request:
     prefill_rows: int | None = None
     host_bytes: int | None = None
 
+    @property
+    def pins_tree(self) -> bool:
+        """Whether the tree is fixed."""
+        pins = (self.depth, self.width, self.nodes, self.min_reach, self.draft_temperature)
+        return any(pin is not None for pin in pins)
+
 
 def filled_in(request: Request, config: ModelConfig, defaults: TreeShape) -> dict[str, Any]:
     """The request as ``Plan`` fields, with defaults where it leaves the choice.
@@ -59,10 +65,9 @@ def filled_in(request: Request, config: ModelConfig, defaults: TreeShape) -> dic
     temperature = chosen(request.draft_temperature, DEFAULT_DRAFT_TEMPERATURE)
     reach = chosen(request.min_reach, defaults.min_reach)
     _require(context, depth, width, nodes, rows, temperature, reach)
-    pinned = (request.depth, request.width, request.nodes, request.min_reach, request.draft_temperature)
     return {
         "context": context,
-        "adaptive": all(wish is None for wish in pinned),
+        "adaptive": not request.pins_tree,
         "depth": depth,
         "width": min(width, config.vocab_size),
         "nodes": nodes,

@@ -3,6 +3,10 @@
     grow the tree that is left of the last step → choose the nodes worth verifying → sweep, and draft in its
     gaps → walk → learn → commit, keep the subtree below the next root
 
+A prompt's sweep is such a step too, whose root is the prompt's last token: where it will wait for the link,
+the draft reads the new part of the prompt first, in one pass, and then goes on in the gaps, so that the
+first step has a tree to begin with.
+
 Between two units of a sweep the processor idles until the link has brought the next one.  ``Passes.target``
 then calls back, and each call advances the draft by one layer of one pass.  All of it runs in the sweep's
 program order; on an accelerator the same order is the compute stream's.  Drafts may read keys and values that
@@ -27,10 +31,11 @@ from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.policy import Policy
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
-from subspec.speculation.verify import row_numbers, walk
+from subspec.speculation.verify import Walk, row_numbers, walk
 
 Gap = Callable[[], bool]
 FIRST_ROWS = (1, 2, 4)  # draft passes timed before the first step
+MOST_PROMPT_ROWS = 128  # of a prompt that the draft reads for itself
 
 
 class LinkClock(Protocol):
@@ -68,8 +73,8 @@ class AdaptivePasses(Protocol):
         """
         ...
 
-    def draft_steps(self, rows: Rows) -> Generator[None, None, torch.Tensor]:
-        """One pass over substitutes: yields after each layer, returns logits (T, V)."""
+    def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
+        """A pass over substitutes: yields after each layer, returns logits (T, V), or the last row's."""
         ...
 
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
@@ -100,57 +105,78 @@ class Speculator(Learner):
         self.policy, self.capacity = policy, capacity
         self._ngrams = NgramRates()
 
-    def prefill(self, passes: AdaptivePasses, rows: Rows) -> torch.Tensor:
-        """The prompt's sweep: logits (1, V) of the last row; a first look at what sweeps cost."""
-        start, before = time.perf_counter(), passes.counters()
-        logits = passes.target(rows, last_only=True)
-        waited_s = passes.counters().wait_s - before.wait_s
-        self.policy.times.sweep.start(len(rows), time.perf_counter() - start - waited_s)
-        return logits
-
-    def commits(
-        self,
-        passes: AdaptivePasses,
-        sampler: Sampler,
-        text: list[int],
-        remaining: int,
-        timeline: Timeline | None,
-    ) -> Iterator[Commit]:
-        """The steps after a prefill; the cache holds all of ``text`` but the token that it committed."""
-        if remaining <= 0:
-            return
-        root, base = text[-1], len(text) - 1
+    def begin(self, passes: AdaptivePasses, sampler: Sampler, prompt: list[int]) -> "Speculation":
+        """The steps of a text that follows ``prompt``; ``prefill`` is the first to call."""
         self.policy.begin()
-        if not self.policy.times.draft.seen and remaining > 1:
-            self._time_drafts(passes, root, base)
         calibration = self.calibrations[sampler.params.samples]
-        growth = Growth(DraftTree.rooted(root, base), sampler, calibration, self.capacity, 0)
-        speculation = Speculation(self.policy, passes, growth, NgramGuesser(self._ngrams, text))
-        while remaining > 0:
-            commit = speculation.step(remaining, timeline)
-            remaining -= len(commit.tokens)
-            yield commit
-
-    def _time_drafts(self, passes: AdaptivePasses, root: int, base: int) -> None:
-        """Time a draft pass of each of ``FIRST_ROWS`` rows."""
-        for rows in FIRST_ROWS:
-            if rows > self.policy.width:
-                return
-            tree = DraftTree.rooted(root, base)
-            nodes = [0, *(tree.add(root, 0, 0.0) for _ in range(rows - 1))]
-            start = time.perf_counter()
-            finished(passes.draft_steps(tree.rows(nodes)))
-            self.policy.times.draft.observe(rows, time.perf_counter() - start)
+        root = DraftTree.rooted(prompt[-1], len(prompt) - 1)
+        growth = Growth(root, sampler, calibration, self.capacity, 0)
+        return Speculation(self.policy, passes, growth, NgramGuesser(self._ngrams, prompt))
 
 
 class Speculation:
-    """The steps of one text."""
+    """The steps of one text: ``prefill``, ``prefilled``, then ``commits``."""
 
     def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth, ngrams: NgramGuesser) -> None:
         self._policy, self._passes, self._growth, self._ngrams = policy, passes, growth, ngrams
         self._gap_nodes: list[int] = []
         self._gap_pass: Generator[None, None, torch.Tensor] | None = None
         self._gap_pass_s = 0.0
+
+    def prefill(self, rows: Rows, remaining: int) -> torch.Tensor:
+        """The prompt's sweep, with what can be drafted meanwhile.
+
+        Args:
+            rows: the prompt's tokens that the cache does not hold.
+            remaining: tokens that are wanted.
+
+        Returns:
+            Logits (1, V) of the last row, exact.
+        """
+        policy, passes, growth = self._policy, self._passes, self._growth
+        start, before = time.perf_counter(), passes.counters()
+        growth.max_depth = min(policy.depth, remaining - 1)
+        early = remaining > 1 and len(rows) <= MOST_PROMPT_ROWS and policy.read_prompt(len(rows))
+        if early:
+            logits = finished(passes.draft_steps(rows, last_only=True))
+            early_s = time.perf_counter() - start
+            policy.times.observe_prompt(len(rows), early_s)
+            growth.forward([0])
+            self._add([0], logits, early_s)
+        growth.verified = frozenset([0])
+        begun = time.perf_counter()
+        logits = passes.target(rows, last_only=True, gap=self._advance if early else None)
+        swept_s, after = time.perf_counter() - begun, passes.counters()
+        gap_s, waited_s = after.gap_s - before.gap_s, after.wait_s - before.wait_s
+        policy.times.sweep.start(len(rows), max(swept_s - waited_s - gap_s, 0.0))
+        self._learn_link(after)
+        policy.drafted_in_gaps(0.0, gap_s)
+        return logits
+
+    def prefilled(self, token: int) -> None:
+        """The target's first token is known: keep what was drafted below it."""
+        self._follow(Walk([0], [token]))
+
+    def commits(self, remaining: int, timeline: Timeline | None) -> Iterator[Commit]:
+        """The steps after a prefill, for ``remaining`` more tokens."""
+        if not self._policy.times.draft.seen and remaining > 1:
+            self._time_drafts()
+        while remaining > 0:
+            commit = self.step(remaining, timeline)
+            remaining -= len(commit.tokens)
+            yield commit
+
+    def _time_drafts(self) -> None:
+        """Time a draft pass of each of ``FIRST_ROWS`` rows, before anything is drafted."""
+        root, base = self._growth.tree.tokens[0], self._growth.tree.base
+        for rows in FIRST_ROWS:
+            if rows > self._policy.width:
+                return
+            tree = DraftTree.rooted(root, base)
+            nodes = [0, *(tree.add(root, 0, 0.0) for _ in range(rows - 1))]
+            start = time.perf_counter()
+            finished(self._passes.draft_steps(tree.rows(nodes)))
+            self._policy.times.draft.observe(rows, time.perf_counter() - start)
 
     def step(self, remaining: int, timeline: Timeline | None) -> Commit:
         """Draft, verify and commit once: at least one token, no more than ``remaining``."""
@@ -166,15 +192,10 @@ class Speculation:
         logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=self._advance)  # (N, V)
         swept_s = time.perf_counter() - start - drafting_s
         walked = walk(growth.tree, row_numbers(nodes), growth.sampler.chooser(logits))
-        top = growth.next_root(walked)
-        self._end_gap_pass(top)
-        used_s, used_in_gaps_s = growth.learn(walked)
-        following, slots = growth.continue_from(walked, top)
         walked_s = time.perf_counter()
-        passes.move(slots, growth.tree.base, len(following.tree) if top is not None else 0)
+        used_s, used_in_gaps_s = self._follow(walked)
+        following = self._growth
         growth.sampler.observe(walked.tokens, following.tree.base)
-        self._ngrams.extend(walked.tokens)
-        self._growth = following
         end, after = time.perf_counter(), passes.counters()
         gap_s, wait_s = after.gap_s - before.gap_s, after.wait_s - before.wait_s
         policy.times.sweep.observe(len(nodes), max(swept_s - gap_s - wait_s, 0.0))
@@ -187,6 +208,22 @@ class Speculation:
         if timeline is not None:
             record_step(timeline, commit, start, walked_s, end)
         return commit
+
+    def _follow(self, walked: Walk) -> tuple[float, float]:
+        """Learn from a walk, keep the subtree below its last token, and move entries to where they belong.
+
+        Returns:
+            Seconds of draft passes that foresaw committed tokens; of those, what ran in gaps.
+        """
+        growth = self._growth
+        top = growth.next_root(walked)
+        self._end_gap_pass(top)
+        used = growth.learn(walked)
+        following, slots = growth.continue_from(walked, top)
+        self._passes.move(slots, growth.tree.base, len(following.tree) if top is not None else 0)
+        self._ngrams.extend(walked.tokens)
+        self._growth = following
+        return used
 
     def _grow(self, start: float) -> None:
         """Draft before the sweep, as long as it pays."""
@@ -242,6 +279,10 @@ class Speculation:
     def _take(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
         """A draft pass ended: add its guesses, learn what it took."""
         self._policy.times.draft.observe(len(nodes), seconds)
+        self._add(nodes, logits, seconds)
+
+    def _add(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
+        """Add the guesses of a draft pass."""
         for likeliest in self._growth.take(nodes, logits, seconds, self._policy.least_score):
             self._policy.passed(likeliest)
 

@@ -78,12 +78,16 @@ def decode(
         cache holds the prompt and every committed token but the last.
     """
     rows = prefix_rows(prompt[cached:], cached)
+    speculation = None
     start = time.perf_counter()
     if isinstance(shape, Speculator):
-        logits = shape.prefill(cast(AdaptivePasses, passes), rows)
+        speculation = shape.begin(cast(AdaptivePasses, passes), sampler, prompt)
+        logits = speculation.prefill(rows, max_new_tokens)
     else:
         logits = passes.target(rows, last_only=True)
     root, base = sampler.choose(logits[0], len(prompt)), len(prompt)
+    if speculation is not None:
+        speculation.prefilled(root)
     sampler.observe([root], base)
     end = time.perf_counter()
     if timeline is not None:
@@ -94,9 +98,10 @@ def decode(
         device = cast(OnHost, passes).device
         yield from shape.commits(device, sampler, [*prompt, root], remaining, timeline)
         return
-    if isinstance(shape, Speculator):
-        yield from shape.commits(cast(AdaptivePasses, passes), sampler, [*prompt, root], remaining, timeline)
+    if speculation is not None:
+        yield from speculation.commits(remaining, timeline)
         return
+    assert not isinstance(shape, Speculator)
     while remaining > 0:
         commit = _step(passes, root, base, sampler, shape, remaining, timeline)
         root, base = commit.tokens[-1], base + len(commit.tokens)

@@ -15,6 +15,7 @@ from subspec.speculation.times import StepTimes
 
 FIRST_GUESS_AGREEMENT = 0.85
 FIRST_GAP_VALUE = 0.3
+READING_SHARE = 0.33  # of a prompt's gaps: more is not spent to have them at all
 _FORGET = 0.85  # of tokens and seconds, a step
 _FORGET_AGREEMENT = 0.97
 _FORGET_GAP = 0.9
@@ -104,9 +105,11 @@ class Policy:
         rows = self.verify(scores, drafting_s)
         best, best_gain = 0, 0.0
         reached, rate = 0.0, self.rate
-        row_s = self._row_s(drafting_s, rows)
+        # A new node costs its row, or, where the sweep is full, the place of the least likely node there.
+        place = scores[self.nodes - 1] if len(scores) >= self.nodes else 0.0
+        row = max(rate * self._row_s(drafting_s, rows), place)
         for count, score in enumerate(frontier[: self.width], start=1):
-            reached += max(score * self.agreement - rate * row_s, 0.0)
+            reached += max(score * self.agreement - row, 0.0)
             spent_s = drafting_s + self.times.draft(count)
             later = self.times.step_s(spent_s, rows) - self.times.step_s(drafting_s, rows)
             gain = reached - rate * later
@@ -116,6 +119,12 @@ class Policy:
             self._pause = min(2 * self._pause, _TRY_AGAIN[1])
             return 1
         return best
+
+    def read_prompt(self, rows: int) -> bool:
+        """Whether the draft shall read a prompt's ``rows`` for itself, and go on in the gaps of its sweep."""
+        times = self.times
+        idle_s = times.link_s - times.sweep(rows)
+        return 0 < times.prompt_s(rows) < READING_SHARE * idle_s
 
     def widen_in_gap(self, frontier: Sequence[float]) -> int:
         """How many of the likeliest undrafted nodes to forward in a gap: those that bring most a second."""

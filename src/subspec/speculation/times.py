@@ -90,12 +90,28 @@ class StepTimes:
         draft: of draft passes; ``sweep``: of what sweeps compute.
         link_s: that the link needs for what a sweep streams; 0 if nothing streams.
         ahead_s: of it, what fits the slots while no sweep runs.
+        prompt_row_s: of a draft pass over many rows, a row's share; 0 until one was seen.
     """
 
     draft: DraftTimes = field(default_factory=DraftTimes)
     sweep: SweepTimes = field(default_factory=SweepTimes)
     link_s: float = 0.0
     ahead_s: float = 0.0
+    prompt_row_s: float = 0.0
+
+    def prompt_s(self, rows: int) -> float:
+        """Seconds of a draft pass that reads ``rows`` of a prompt; 0 as long as nothing is known."""
+        most = max(self.draft.seen, default=0)
+        if rows <= most or most <= 1:
+            return self.draft(rows)
+        # Until a prompt was read: twice what few rows cost each, since many do not share a load of weights.
+        guess_s = 2 * max(self.draft(most) - self.draft(1), 0.0) / (most - 1)
+        return self.draft(1) + rows * (self.prompt_row_s or guess_s)
+
+    def observe_prompt(self, rows: int, seconds: float) -> None:
+        """The draft read ``rows`` of a prompt."""
+        if rows > max(self.draft.seen, default=0):
+            self.prompt_row_s = max(seconds - self.draft(1), 0.0) / rows
 
     def step_s(self, drafting_s: float, rows: int) -> float:
         """Seconds of a step that drafts for ``drafting_s`` and verifies ``rows`` nodes."""
