@@ -53,6 +53,19 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torc
     return prepare(model, store=tmp_path / "store"), embedding
 
 
+def test_what_is_cached_is_there_without_a_read(prepared: tuple[Path, torch.Tensor]) -> None:
+    store, embedding = prepared
+    with opened(store) as rows:
+        looked_up(rows, [7, 9])
+        out = torch.zeros(3, 100, dtype=torch.bfloat16)
+        there = rows.cached(torch.tensor([9, 8, 7]), out)
+        assert there.tolist() == [True, False, True]
+        assert torch.equal(out[[0, 2]], embedding[[9, 7]])
+        assert not out[1].any()
+        tied = not (store / "embedding.exact").exists()
+        assert rows.cached(torch.tensor([9]), out[:1], head=True).tolist() == [tied], "another table's row"
+
+
 @pytest.mark.parametrize("cache_rows", [1, 3, CACHE_ROWS, VOCABULARY])
 def test_rows_are_the_checkpoints_whatever_is_cached(
     prepared: tuple[Path, torch.Tensor], cache_rows: int

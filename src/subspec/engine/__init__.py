@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from subspec.engine.draft_head import DraftHead
+from subspec.engine.draft_ends import draft_ends
 from subspec.engine.host_view import HostView
 from subspec.engine.loading import Progress
 from subspec.engine.places import Places
@@ -31,7 +31,6 @@ from subspec.models.operations import operations
 from subspec.planning.plan import Plan
 from subspec.store.layout import head_chunks
 from subspec.store.reader import Store
-from subspec.store.rows import EmbeddingRows
 from subspec.store.vectors import FINAL_NORM, layer_norms
 from subspec.substitute.fused import draft_layer
 
@@ -113,8 +112,9 @@ class Engine:
             draft_layer(products, setting)
             for products, setting in zip(self.weights.draft_layers, self.decoder.settings, strict=True)
         ]
-        head = self.weights.draft_head
-        self._draft_head = DraftHead(head, self.rows) if isinstance(self.rows, EmbeddingRows) else head
+        self._draft_embedding, self._draft_head = draft_ends(
+            self.rows, self.weights.draft_head, tied=self.config.tied_embeddings
+        )
         self._chunks = head_chunks(self.config, store.dtype.itemsize)
         streamed = self.weights.streamed()
         staging, self.exchange = self.places.staging(), self.places.exchange()
@@ -169,15 +169,16 @@ class Engine:
     def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
         """``draft`` in pieces: yields after each layer, returns the logits, or those of the last row."""
         start = time.perf_counter()
-        hidden = self._embedded(rows)
+        hidden, schedule = self._hidden(len(rows)), self.schedule
+        self.run(lambda: self._draft_embedding(rows.tokens, hidden, in_gap=schedule.in_gap), "embedding")
         ledger = self._entered(rows, exact=False)
         for index, layer in enumerate(self._draft_layers):
             self.run(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
             yield
         wanted = hidden[-1:] if last_only else hidden
         logits = self._logits(len(wanted))
-        self.run(lambda: self._draft_head(self._normed(wanted), logits), "draft head")
-        if self.timeline is not None and not self.schedule.in_gap:
+        self.run(lambda: self._draft_head(self._normed(wanted), logits, in_gap=schedule.in_gap), "draft head")
+        if self.timeline is not None and not schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)
 
@@ -286,7 +287,7 @@ class Engine:
         for index, layer in enumerate(self._draft_layers):
             self._layer(index, layer, hidden, rows, ledger)
         logits = self._logits(len(rows))
-        self._draft_head(self._normed(hidden), logits)
+        self._draft_head(self._normed(hidden), logits, in_gap=False)
         then(logits)
 
     def _hidden(self, rows: int) -> torch.Tensor:

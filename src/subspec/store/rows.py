@@ -145,6 +145,23 @@ class EmbeddingRows:
         """
         self._lookup(len(self._sources) - 1, tokens, out)
 
+    def cached(self, tokens: torch.Tensor, out: torch.Tensor, *, head: bool = False) -> torch.Tensor:
+        """Write those rows of tokens (T,) that the cache has to ``out`` (T, C), and read nothing.
+
+        Args:
+            tokens: whose rows.
+            out: rows that are not there stay as they are.
+            head: of the output head, not of the embedding.
+
+        Returns:
+            (T,) bool: which are there.
+        """
+        table = len(self._sources) - 1 if head else 0
+        places = [self._place.get((table, token)) for token in tokens.tolist()]
+        there = torch.tensor([place is not None for place in places], dtype=torch.bool)
+        out[there] = self._cache[[place for place in places if place is not None]]
+        return there
+
     def close(self) -> None:
         """Stop the readers."""
         self._pool.shutdown()

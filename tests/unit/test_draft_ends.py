@@ -1,10 +1,10 @@
-"""The draft's head: exact where tokens compete for the first place, the substitute's elsewhere."""
+"""The draft's head and embedding: exact where it matters and may be read, the substitute's elsewhere."""
 
 from typing import cast
 
 import torch
 
-from subspec.engine.draft_head import MARGIN, RIVALS, DraftHead
+from subspec.engine.draft_ends import MARGIN, RIVALS, DraftEmbedding, DraftHead
 from subspec.store.rows import EmbeddingRows
 from subspec.substitute.linear import SubstituteLinear
 
@@ -17,19 +17,30 @@ class Table:
     def __init__(self) -> None:
         self.weight = torch.randn(V, C).bfloat16()
         self.looked_up: list[int] = []
+        self.known: set[int] = set(range(V))
+
+    def lookup(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        self.lookup_head(tokens, out)
+
+    def cached(self, tokens: torch.Tensor, out: torch.Tensor, *, head: bool = False) -> torch.Tensor:
+        there = torch.tensor([token in self.known for token in tokens.tolist()], dtype=torch.bool)
+        out[there] = self.weight[tokens[there]]
+        return there
 
     def lookup_head(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         self.looked_up += tokens.tolist()
         out.copy_(self.weight[tokens])
 
 
-def written(x: torch.Tensor, approximate: torch.Tensor, table: Table) -> torch.Tensor:
+def written(
+    x: torch.Tensor, approximate: torch.Tensor, table: Table, *, in_gap: bool = False
+) -> torch.Tensor:
     """Logits of a head whose substitute says ``approximate``."""
     head = DraftHead(
         cast("SubstituteLinear", lambda _, out: out.copy_(approximate)), cast("EmbeddingRows", table)
     )
     out = torch.empty_like(approximate)
-    head(x, out)
+    head(x, out, in_gap=in_gap)
     return out
 
 
@@ -67,3 +78,37 @@ def test_fewer_tokens_than_rivals() -> None:
     for vocabulary in (1, 2):
         out = written(x, torch.zeros(2, vocabulary).bfloat16(), table)
         assert out.shape == (2, vocabulary)
+
+
+def test_in_a_gap_rivals_are_exact_where_all_of_them_are_cached() -> None:
+    table, x = Table(), torch.randn(3, C).bfloat16()
+    approximate = torch.zeros(3, V).bfloat16()
+    for row, rivals in enumerate([(1, 2), (2, 3), (4, 5)]):
+        approximate[row, list(rivals)] = 2 * MARGIN
+    table.known = {1, 2, 4}
+    out = written(x, approximate, table, in_gap=True)
+    exact = (x.float() @ table.weight.float().T).bfloat16()
+    torch.testing.assert_close(out[0, [1, 2]], exact[0, [1, 2]], rtol=1e-2, atol=1e-2)
+    assert torch.equal(out[1:], approximate[1:])
+    assert table.looked_up == [], "nothing is read in a gap"
+
+
+def test_an_embedding_is_exact_where_it_may_be_read() -> None:
+    table, stand_in = Table(), torch.randn(V, C).bfloat16()
+
+    class Substitute:
+        def rows(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return stand_in[indices].to(dtype)
+
+    table.known = {3, 5}
+    tokens, out = torch.tensor([3, 4, 5, 4]), torch.empty(4, C).bfloat16()
+    embedding = DraftEmbedding(cast("EmbeddingRows", table), cast("SubstituteLinear", Substitute()))
+    embedding(tokens, out, in_gap=True)
+    assert torch.equal(out[[0, 2]], table.weight[[3, 5]])
+    assert torch.equal(out[[1, 3]], stand_in[[4, 4]])
+    assert table.looked_up == []
+    embedding(tokens, out, in_gap=False)
+    assert torch.equal(out, table.weight[tokens])
+    untied = DraftEmbedding(cast("EmbeddingRows", table), None)
+    untied(tokens, out.zero_(), in_gap=True)
+    assert torch.equal(out, table.weight[tokens]), "no substitute stands in: they are read"
