@@ -13,9 +13,9 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 HEADER = (
-    "| model, bf16 | budget | disk reads | temperature | offloading tok/s | plain tok/s | speculative tok/s "
+    "| model, bf16 | budget | kernels | disk reads | temperature | offloading tok/s | plain tok/s | speculative tok/s "
     "| over offloading: median (least) | acceptance length | sweep, raw ÷ residual | link use | identical |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 NOTE = """
 Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose
@@ -43,6 +43,7 @@ def row(result: dict[str, Any]) -> str:
     cells = [
         result["model"]["name"].removesuffix("-bf16"),
         f"{result['budget_bytes'] / 2**20:.0f} MiB",
+        result["machine"]["kernels"],
         reads,
         f"{result['settings']['temperature'] or 0:g}",
         *(f"{summary['tok_s'][mode]:.2f}" for mode in ("raw", "plain", "speculative")),
