@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 HEADER = (
-    "| model, bf16 | budget | kernels | disk reads | temperature | offloading tok/s | plain tok/s | speculative tok/s "
+    "| model, bf16 | budget | kernels | disk reads | temperature "
+    "| offloading tok/s | plain tok/s | speculative tok/s "
     "| over offloading: median (least) | acceptance length | sweep, raw ÷ residual | link use | identical |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
