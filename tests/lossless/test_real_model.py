@@ -11,7 +11,7 @@ from subspec import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = {None: 200, 0.8: 100}  # greedy, sampled
+NEW_TOKENS = 200
 PROMPTS = (
     "Our kitchen sink drains slowly after every rain. What could be wrong, and what should I check first?",
     "Write a short story about a lighthouse keeper who collects other people's umbrellas.",
@@ -57,7 +57,7 @@ def plain_texts(model: LLM) -> dict[tuple[int, float | None], list[int]]:
 
 
 def params_of(index: int, temperature: float | None) -> SamplingParams:
-    return SamplingParams(NEW_TOKENS[temperature], temperature=temperature, seed=index, ignore_eos=True)
+    return SamplingParams(NEW_TOKENS, temperature=temperature, seed=index, ignore_eos=True)
 
 
 @pytest.mark.parametrize(("index", "temperature"), CASES)
@@ -69,7 +69,7 @@ def test_speculative_equals_plain(
     model.reset()
     speculative = model.generate(PROMPTS[index], params)
     plain_texts[index, temperature] = plain.token_ids
-    assert len(plain.token_ids) == params.max_new_tokens
+    assert len(plain.token_ids) == NEW_TOKENS
     assert len(set(plain.token_ids)) >= 20
     assert speculative.token_ids == plain.token_ids
     assert speculative.text == plain.text
@@ -104,7 +104,7 @@ def device_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.mark.parametrize(("index", "temperature"), [(0, 0.8), (5, None)])
+@pytest.mark.parametrize(("index", "temperature"), [(0, 0.8), (0, None), (5, 0.8), (5, None)])
 def test_the_same_text_behind_a_device(
     model: LLM,
     device_model: LLM,

@@ -5,10 +5,9 @@ and schedule, under the hazard checker and the ledger of exact entries: every co
 and every entry of the cache is what a plain loop makes.  Then a step is made wrong, and it shows.
 
 An order costs some 18 ms, a third of that for the checker, the rest spread over simulated operations and
-those of small tensors; ``SUBSPEC_TEST_STEPS`` asks for more orders than usual.
+those of small tensors.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from subspec.speculation.harvest import Harvest
 from subspec.speculation.levels import Levels
 from subspec.speculation.verify import Walk
 
-SCHEDULES, BATCH = int(os.environ.get("SUBSPEC_TEST_STEPS", "5000")), 1_000
+SCHEDULES, BATCH = 10_000, 1_000
 
 SITUATIONS = (
     "gap passes finished",
