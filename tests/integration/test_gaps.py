@@ -5,6 +5,7 @@ The order of events is recorded from the engine's own sweep, over a streamer tha
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny import write_tiny
 
 from subspec import LLM, SamplingParams
 from subspec.memory.streamer import Streamer
-from subspec.models.decoder import prefix_rows
+from subspec.models.decoder import finished, prefix_rows
 from subspec.speculation.adaptive import Speculator
 from subspec.store.prepare import prepare
 
@@ -103,6 +104,30 @@ def test_a_sweep_whose_gap_has_nothing_to_do_waits_for_the_link(llm: LLM) -> Non
 
     engine.target(prefix_rows(PROMPT, 0), last_only=True, gap=idle)
     assert 0 < len(asked) <= len(recorded._streamer.units), "an idle gap is not asked again for the same unit"
+
+
+def test_the_later_a_preview_the_closer_it_is_and_nothing_exact_is_touched(llm: LLM) -> None:
+    engine = llm.engine
+    assert engine.schedule.streamer is not None
+    rows = prefix_rows(PROMPT, 0)
+    elsewhere = replace(rows, slots=rows.slots + 64, paths=rows.slots.expand(len(rows), -1) + 64)
+    elsewhere = replace(elsewhere, prefix=torch.zeros_like(rows.prefix), path_lens=rows.prefix)
+    exact = engine.target(rows, last_only=False)
+    kept = engine.cache.keys[:, :, : len(PROMPT)].clone()
+    engine.schedule.streamer = Recorded(engine.schedule.streamer, 0)  # type: ignore[assignment]
+    errors: dict[float, float] = {}
+
+    def gap() -> bool:
+        logits = finished(engine.preview_steps(list(range(len(PROMPT))), elsewhere))
+        errors[engine.swept] = float((logits.float() - exact.float()).abs().mean())
+        return False
+
+    assert torch.equal(engine.target(rows, last_only=False, gap=gap), exact)
+    assert torch.equal(engine.cache.keys[:, :, : len(PROMPT)], kept)
+    early, late = min(errors), max(errors)
+    assert late == 1.0, "no gap before the head"
+    assert early < 0.5
+    assert errors[late] < 0.7 * errors[early]
 
 
 @pytest.mark.parametrize("temperature", [None, 0.8])

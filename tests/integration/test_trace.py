@@ -16,6 +16,7 @@ from tiny import write_tiny
 from subspec import LLM, SamplingParams
 from subspec.errors import OptionError
 from subspec.generation import Result
+from subspec.models.decoder import finished, prefix_rows
 from subspec.store.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,13 +103,10 @@ def test_spans_nest_and_waits_and_drafts_lie_where_they_belong(llm: LLM, tmp_pat
                 stack.pop()
             assert not stack or event["ts"] + event["dur"] <= stack[-1] + 1e-3
             stack.append(event["ts"] + event["dur"])
-    inside = {"draft": "draft", "sweep": "verify"}
-    for track, step in inside.items():
-        around = [
-            (one["ts"], one["ts"] + one["dur"])
-            for one in on(events, "steps")
-            if one["name"] in (step, "prefill" if track == "sweep" else step)
-        ]
+    # A draft pass that a sweep's end broke off ends in the commit, or in the prefill.
+    inside = {"draft": ("draft", "commit", "prefill"), "sweep": ("verify", "prefill")}
+    for track, steps in inside.items():
+        around = [(one["ts"], one["ts"] + one["dur"]) for one in on(events, "steps") if one["name"] in steps]
         for event in on(events, track):
             end = event["ts"] + event["dur"]
             assert any(low <= event["ts"] + 1e-3 and end <= high + 1e-3 for low, high in around)
@@ -123,6 +121,24 @@ def test_spans_nest_and_waits_and_drafts_lie_where_they_belong(llm: LLM, tmp_pat
         if event["name"] == "wait" and event["ts"] > prefill["ts"] + prefill["dur"]
     )
     assert waits / 1e6 == pytest.approx(figures.wait_s, abs=1e-5)
+
+
+def test_a_draft_that_a_sweep_broke_off_is_traced_from_where_it_goes_on(llm: LLM) -> None:
+    llm.reset()
+    engine = llm.engine
+    with llm.traced() as timeline:
+        steps = engine.draft_steps(prefix_rows([7], 40))
+        engine.schedule.in_gap = True
+        next(steps)
+        next(steps)
+        engine.schedule.in_gap = False
+        timeline.counter("swept", time.perf_counter(), 1)
+        finished(steps)
+    events = timeline.events()
+    (swept,) = [event for event in events if event["name"] == "swept"]
+    (span,) = on(events, "draft")
+    assert span["ts"] >= swept["ts"]
+    assert span["args"] == {"rows": 1}
 
 
 def test_tracing_changes_no_token_and_ends_with_its_block(llm: LLM, tmp_path: Path) -> None:

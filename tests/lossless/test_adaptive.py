@@ -25,8 +25,10 @@ from subspec.speculation.adaptive import Speculation, Speculator
 from subspec.speculation.calibration import calibrations
 from subspec.speculation.growth import Growth
 from subspec.speculation.policy import Policy
+from subspec.speculation.preview import PREVIEW_ROWS
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.times import StepTimes
+from subspec.speculation.tree import DraftTree
 from subspec.store.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +42,8 @@ SAMPLINGS = {
     ),
 }
 TEMPERS = {"always": always, "never": never, "sometimes": sometimes}
-CAPACITY, WIDTH, NODES, DEPTH = 80, 4, 14, 9
+WIDTH, NODES, DEPTH = 4, 14, 9
+CAPACITY = 80 + PREVIEW_ROWS
 
 
 class ByChance(Policy):
@@ -62,12 +65,16 @@ class ByChance(Policy):
     def verify(self, scores: Sequence[float], drafting_s: float) -> int:
         return min(self._random.randint(1, NODES), len(scores))
 
+    def preview(self, drafting_s: float, rows: int, swept: float) -> int:
+        return self._random.choice((0, 1, 3, NODES))
+
 
 class Gappy(Drafter):
     """An engine whose drafts come from elsewhere, in pieces, and whose sweeps have gaps where chance says.
 
     Attributes:
         filled: pieces of drafting done in gaps.
+        previewed: rows that were previewed in them.
     """
 
     def __init__(
@@ -77,7 +84,8 @@ class Gappy(Drafter):
         self._own_drafts = temper is None
         self._chance = random.Random(seed)
         self._swept: set[int] = set()
-        self.filled = 0
+        self._tokens = torch.zeros(0)
+        self.filled = self.previewed = 0
 
     def target(self, rows: Rows, *, last_only: bool, gap: Callable[[], bool] | None = None) -> torch.Tensor:
         self._token_in.update(zip(rows.slots.tolist(), rows.tokens.tolist(), strict=True))
@@ -93,7 +101,7 @@ class Gappy(Drafter):
                 self.filled += 1
             launch(step, slot)
 
-        self._swept = set(rows.slots.tolist())
+        self._swept, self._tokens = set(rows.slots.tolist()), rows.tokens
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(schedule, "_launch", launch_after_a_gap)
             logits = self._engine.target(rows, last_only=last_only)
@@ -101,23 +109,34 @@ class Gappy(Drafter):
         return logits
 
     def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
-        slots = rows.slots.long()
-        cache = self._engine.cache
-        self._token_in.update(zip(slots.tolist(), rows.tokens.tolist(), strict=True))
-        if self._own_drafts:
-            steps = self._engine.draft_steps(rows, last_only=last_only)
+        self._token_in.update(zip(rows.slots.tolist(), rows.tokens.tolist(), strict=True))
+        yield from self._spoilt(self._engine.draft_steps(rows, last_only=last_only), rows)
+        wanted = range(len(rows))[-1:] if last_only else range(len(rows))
+        return torch.stack([self._row(rows, index) for index in wanted])  # (T, V)
+
+    @property
+    def swept(self) -> float:
+        return self._engine.swept
+
+    def preview_steps(self, numbers: list[int], rows: Rows) -> Generator[None, None, torch.Tensor]:
+        self._token_in.update(zip(rows.slots.tolist(), rows.tokens.tolist(), strict=True))
+        assert self._tokens[numbers].tolist() == rows.tokens.tolist(), "other rows than the sweep's"
+        self.previewed += len(rows)
+        yield from self._spoilt(self._engine.preview_steps(numbers, rows), rows)
+        return torch.stack([self._row(rows, index) for index in range(len(rows))])  # (T, V)
+
+    def _spoilt(self, steps: Generator[None, None, torch.Tensor], rows: Rows) -> Generator[None, None, None]:
+        """A pass whose keys and values are NaN; the engine's own, if it drafts for itself."""
+        slots, cache = rows.slots.long(), self._engine.cache
         for layer in range(len(cache.keys)):
             assert self._swept.isdisjoint(slots.tolist()), "a draft writes where the sweep does"
-            if self._own_drafts:
-                next(steps)
+            if self._own_drafts and next(steps, 0) is not None:
+                return
             for part in (cache.keys, cache.values):
                 part[layer][:, slots] = torch.nan
             yield
         if self._own_drafts:
-            with pytest.raises(StopIteration):
-                next(steps)
-        wanted = range(len(rows))[-1:] if last_only else range(len(rows))
-        return torch.stack([self._row(rows, index) for index in wanted])  # (T, V)
+            assert next(steps, 0) == 0, "there is a piece left"
 
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
         tokens = [self._token_in.get(source) for source in sources]
@@ -187,15 +206,17 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("temper", TEMPERS)
 def test_any_growth_with_any_gaps_equals_plain(subject: Subject, temper: str, sampling: str) -> None:
-    filled = accepted = 0
+    filled = accepted = previewed = 0
     for seed in range(6):
         found, passes = subject.run(sampling, temper, seed)
         assert found.tokens == subject.plain(sampling).tokens, seed
         assert found.same(subject.plain(sampling)), f"{seed}: same tokens, other keys or values"
         filled += passes.filled
+        previewed += passes.previewed
         accepted += sum(found.accepted)
         check_order(subject)
     assert filled > 50
+    assert previewed > 10
     assert accepted or temper == "never"  # the text repeats itself now and then: guesses need no draft
 
 
@@ -238,10 +259,10 @@ def test_what_was_drafted_behind_the_prompt_begins_the_first_step(
     monkeypatch.setattr(Speculation, "prefilled", counted)
     for reads in (True, False):
         monkeypatch.setattr(ByChance, "read_prompt", lambda *_, reads=reads: reads)
-        for seed in range(4):
+        for seed in range(12):
             assert subject.run("temperature", "always", seed)[0].same(subject.plain("temperature"))
-    assert max(begun[:4]) > 3
-    assert begun[4:] == [1] * 4
+    assert max(begun[:12]) > 3
+    assert begun[12:] == [1] * 12
 
 
 def test_a_draft_without_guesses(subject: Subject) -> None:
@@ -298,7 +319,14 @@ def shadows_in_the_tree(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Growth, "forward", forward)
 
 
-@pytest.mark.parametrize("mutant", [without_shadows, moving_the_path_alone, shadows_in_the_tree])
+def previews_in_the_tree(patch: pytest.MonkeyPatch) -> None:
+    """Previewed rows write where the sweep's do."""
+    patch.setattr(DraftTree, "rows_elsewhere", lambda self, nodes, _: self.rows(nodes))
+
+
+@pytest.mark.parametrize(
+    "mutant", [without_shadows, moving_the_path_alone, shadows_in_the_tree, previews_in_the_tree]
+)
 def test_a_broken_growth_is_noticed(
     subject: Subject, mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.speculation.policy import Policy
+from subspec.speculation.policy import PREVIEW_SHARE, Policy
+from subspec.speculation.preview import POINTS, PREVIEW_ROWS, Previews, preview_calibrations
 from subspec.speculation.times import DraftTimes, StepTimes, SweepTimes
 
 relaxed = settings(deadline=None, max_examples=150)
@@ -142,6 +143,32 @@ def test_a_gap_takes_the_width_that_brings_most_a_second() -> None:
     assert chooser.widen_in_gap([0.9, 0.2, 0.1, 0.1]) == 2
     assert chooser.widen_in_gap([0.9, 0.01, 0.0, 0.0]) == 1
     assert chooser.widen_in_gap([]) == 0
+
+
+def test_a_preview_takes_a_small_part_of_the_gaps_and_nothing_where_there_are_none() -> None:
+    for link_s in (0.0, 1.0, 4.0, 40.0):
+        made = policy(times(0.01, 0.5, 0.001, link_s))
+        made.times.observe_preview(32, 0.5, 0.2)  # 10 ms a row through all layers
+        gap_s = made.times.gap_s(0.0, 20)
+        for swept in (0.2, 0.6, 1.0):
+            rows = made.preview(0.0, 20, swept)
+            assert 0 <= rows <= PREVIEW_ROWS
+            assert rows * 0.01 * (1 - swept) <= PREVIEW_SHARE * gap_s
+            assert rows or gap_s < 0.2
+        assert made.preview(0.0, 20, 1.0) >= made.preview(0.0, 20, 0.2), "the fewer layers, the more rows"
+    assert made.preview(0.0, 20, 0.2) == PREVIEW_ROWS
+
+
+def test_each_point_is_previewed_once_and_one_that_is_late_is_left_out() -> None:
+    marks = preview_calibrations()
+    first, second, last = POINTS
+    previews = Previews([0, 2], 5, 0.0, marks)
+    assert previews.due(first / 2) is None
+    assert previews.due(first) is marks[0]
+    assert previews.due(second - 1e-9) is None
+    assert previews.due(last) is marks[2]
+    assert previews.due(last) is None
+    assert previews.numbers([2, 0]) == [6, 5]
 
 
 def test_rates_forget() -> None:

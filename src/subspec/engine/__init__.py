@@ -98,6 +98,8 @@ class Engine:
         self._sweeps = 0
         self._captured: dict[object, Callable[[], object]] = {}
         self.timeline: Timeline | None = None
+        self._hidden_now = torch.empty(0)  # of the sweep under way, and how many layers it has done
+        self._layers_done = 0
         small = store.small_tensors()
         checksums = small.pop("embedding.crc32")
         self._small = {name: value.to(self._backend.device) for name, value in small.items()}
@@ -144,6 +146,7 @@ class Engine:
         self._sweeps += 1
         start = time.perf_counter()
         hidden = self._embedded(rows)
+        self._hidden_now, self._layers_done = hidden, 0
         wanted = hidden[-1:] if last_only else hidden
         logits = self._logits(len(wanted))
         ledger = self._entered(rows, exact=True)
@@ -174,13 +177,42 @@ class Engine:
         ledger = self._entered(rows, exact=False)
         for index, layer in enumerate(self._draft_layers):
             self.run(partial(self._layer, index, layer, hidden, rows, ledger), "draft layer")
+            in_gap = schedule.in_gap
             yield
+            if in_gap and not schedule.in_gap:  # the sweep has ended meanwhile: what follows is no gap's
+                start = time.perf_counter()
         wanted = hidden[-1:] if last_only else hidden
         logits = self._logits(len(wanted))
         self.run(lambda: self._draft_head(self._normed(wanted), logits, in_gap=schedule.in_gap), "draft head")
         if self.timeline is not None and not schedule.in_gap:
             self.timeline.span("draft", "draft", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)
+
+    @property
+    def swept(self) -> float:
+        """Share of the layers that the sweep under way has done."""
+        return self._layers_done / self.config.layers
+
+    def preview_steps(self, numbers: list[int], rows: Rows) -> Generator[None, None, torch.Tensor]:
+        """What the sweep under way will say of some of its rows, by substitutes for the layers to come.
+
+        Args:
+            numbers: which of its rows.
+            rows: the same tokens at the same positions, with slots of their own; each sees what the sweep has
+                left behind, and the others of these rows.
+
+        Yields:
+            After each layer; returns logits (len(numbers), V), for which the head's rivals are read from
+            disk even in a gap: that is what makes the last preview nearly certain.
+        """
+        hidden, first = self._hidden_now[numbers], self._layers_done
+        ledger = self._entered(rows, exact=False)
+        for index in range(first, self.config.layers):
+            self.run(partial(self._layer, index, self._draft_layers[index], hidden, rows, ledger), "preview")
+            yield
+        logits = self._logits(len(rows))
+        self.run(lambda: self._draft_head(self._normed(hidden), logits, in_gap=False), "preview head")
+        return logits
 
     def capture_level(self, rows: Rows, then: Callable[[torch.Tensor], object], key: object) -> None:
         """Make ``draft_level`` of a key cheap; runs the pass some times, or never, if the key is new.
@@ -319,6 +351,7 @@ class Engine:
     ) -> None:
         """A layer of a sweep."""
         self._layer(index, LayerProducts(*self.weights.products(unit, slot)), hidden, rows, ledger)
+        self._layers_done = index + 1
 
     def _layer(
         self,

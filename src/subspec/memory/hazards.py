@@ -96,11 +96,15 @@ class HazardChecker:
 
     Args:
         collect: note hazards in ``hazards`` only, instead of raising the first one as well.
+
+    Attributes:
+        hazards: met so far.
+        collect: as given; may be set later on.
     """
 
     def __init__(self, *, collect: bool = False) -> None:
         self.hazards: list[Hazard] = []
-        self._collect = collect
+        self.collect = collect
         self._clocks: dict[Actor, Clock] = {}
         self._events: dict[Event, Clock] = {}
         self._accesses: dict[Hashable, list[Access]] = {}
@@ -143,7 +147,7 @@ class HazardChecker:
 
     def check(self) -> None:
         """Raise the first hazard that any thread has met so far, unless they are only collected."""
-        if self.hazards and not self._collect:
+        if self.hazards and not self.collect:
             raise HazardError(self.hazards[0])
 
     def _clock(self, actor: Actor) -> Clock:
@@ -164,7 +168,7 @@ class HazardChecker:
             ]
             self._remember(new, clock)
             self.hazards += conflicts
-        if conflicts and not self._collect:
+        if conflicts and not self.collect:
             raise HazardError(conflicts[0])
 
     def _remember(self, new: Access, clock: Clock) -> None:

@@ -87,7 +87,7 @@ def parse_size(text: str | int) -> int:
     size = float(match.group(1)) * factor if match is not None and factor is not None else 0.0
     if not 1 <= size < 1 << 60:
         raise OptionError(f"{text!r} is not a size: write for example 1.5GiB, 800MiB or 2000000000")
-    return int(size)
+    return round(size)
 
 
 def format_size(n_bytes: float) -> str:

@@ -13,6 +13,7 @@ from subspec.models.kv_cache import cache_bytes
 from subspec.planning.cost import Images
 from subspec.speculation.calibration import CANDIDATES
 from subspec.speculation.draft import TreeShape
+from subspec.speculation.preview import PREVIEW_ROWS
 from subspec.store.layout import head_chunks, layer_bytes, layer_matrices
 from subspec.substitute.layout import tile_bytes
 
@@ -30,9 +31,10 @@ THIRD_SLOT_SHARE = 0.05
 def tree_slots(tree: TreeShape, *, device: bool) -> int:
     """Slots of the KV cache for a tree: its nodes and, on a device, a shadow for each node of a draft pass.
 
-    Without a device shadows take what the nodes leave; there every slot is as good as another.
+    Without a device shadows take what the nodes leave, there every slot is as good as another; and rows of
+    the sweep that are previewed come last.
     """
-    return tree.drafted + (tree.width if device else 0)
+    return tree.drafted + (tree.width if device else PREVIEW_ROWS)
 
 
 def cache_rows(config: ModelConfig, itemsize: int) -> int:

@@ -12,7 +12,7 @@ from subspec.speculation.draft import TreeShape
 
 DEFAULT_CONTEXT = 4096
 PREFILL_ROWS = 256
-DEFAULT_DRAFT_TEMPERATURE = 0.7
+DEFAULT_DRAFT_TEMPERATURE = 0.3
 
 
 @dataclass(frozen=True)

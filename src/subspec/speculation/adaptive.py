@@ -17,6 +17,7 @@ Source: SubSpec (Chang et al. 2025, arXiv 2509.18344) for the step; overlapping 
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from subspec.speculation.growth import Growth
 from subspec.speculation.learner import Learner
 from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.policy import Policy
+from subspec.speculation.preview import PREVIEW_ROWS, Previews, preview_calibrations
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk, row_numbers, walk
@@ -77,6 +79,18 @@ class AdaptivePasses(Protocol):
         """A pass over substitutes: yields after each layer, returns logits (T, V), or the last row's."""
         ...
 
+    @property
+    def swept(self) -> float:
+        """Share of the layers that the sweep under way has done."""
+        ...
+
+    def preview_steps(self, numbers: list[int], rows: Rows) -> Generator[None, None, torch.Tensor]:
+        """A pass over rows ``numbers`` of the sweep under way from where it is, by substitutes: as a draft's.
+
+        ``rows``: the same with slots of their own.
+        """
+        ...
+
     def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
         """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
         ...
@@ -97,12 +111,13 @@ class Speculator(Learner):
     Args:
         policy: decides, and knows what passes cost.
         calibrations: by whether tokens are drawn.
-        capacity: most slots of a tree: nodes and shadows.
+        slots: for a tree and its shadows, and for rows that are previewed.
     """
 
-    def __init__(self, policy: Policy, calibrations: dict[bool, Calibration], capacity: int) -> None:
+    def __init__(self, policy: Policy, calibrations: dict[bool, Calibration], slots: int) -> None:
         super().__init__(policy, calibrations)
-        self.policy, self.capacity = policy, capacity
+        self.policy, self.capacity = policy, slots - PREVIEW_ROWS
+        self._previews = {drawn: preview_calibrations() for drawn in calibrations}
         self._ngrams = NgramRates()
 
     def begin(self, passes: AdaptivePasses, sampler: Sampler, prompt: list[int]) -> "Speculation":
@@ -111,17 +126,28 @@ class Speculator(Learner):
         calibration = self.calibrations[sampler.params.samples]
         root = DraftTree.rooted(prompt[-1], len(prompt) - 1)
         growth = Growth(root, sampler, calibration, self.capacity, 0)
-        return Speculation(self.policy, passes, growth, NgramGuesser(self._ngrams, prompt))
+        ngrams = NgramGuesser(self._ngrams, prompt)
+        return Speculation(self.policy, passes, growth, ngrams, self._previews[sampler.params.samples])
 
 
 class Speculation:
     """The steps of one text: ``prefill``, ``prefilled``, then ``commits``."""
 
-    def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth, ngrams: NgramGuesser) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        passes: AdaptivePasses,
+        growth: Growth,
+        ngrams: NgramGuesser,
+        calibrations: list[Calibration],
+    ) -> None:
         self._policy, self._passes, self._growth, self._ngrams = policy, passes, growth, ngrams
+        self._calibrations = calibrations  # of previews
+        self._previews = Previews([], 0, 0.0, calibrations)
         self._gap_nodes: list[int] = []
         self._gap_pass: Generator[None, None, torch.Tensor] | None = None
         self._gap_pass_s = 0.0
+        self._gap_end: Callable[[torch.Tensor], None] = self._take_gap_pass
 
     def prefill(self, rows: Rows, remaining: int) -> torch.Tensor:
         """The prompt's sweep, with what can be drafted meanwhile.
@@ -137,13 +163,14 @@ class Speculation:
         start, before = time.perf_counter(), passes.counters()
         growth.max_depth = min(policy.depth, remaining - 1)
         early = remaining > 1 and len(rows) <= MOST_PROMPT_ROWS and policy.read_prompt(len(rows))
+        early_s = 0.0
         if early:
             logits = finished(passes.draft_steps(rows, last_only=True))
             early_s = time.perf_counter() - start
             policy.times.observe_prompt(len(rows), early_s)
             growth.forward([0])
             self._add([0], logits, early_s)
-        growth.verified = frozenset([0])
+        self._verify([0], len(rows) - 1, early_s)
         begun = time.perf_counter()
         logits = passes.target(rows, last_only=True, gap=self._advance if early else None)
         swept_s, after = time.perf_counter() - begun, passes.counters()
@@ -188,7 +215,7 @@ class Speculation:
         drafting_s = time.perf_counter() - start
         nodes = growth.usable(policy.verify(growth.scores(), drafting_s))
         drafted = len(growth.tree)
-        growth.verified = frozenset(nodes)
+        self._verify(nodes, 0, drafting_s)
         logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=self._advance)  # (N, V)
         swept_s = time.perf_counter() - start - drafting_s
         walked = walk(growth.tree, row_numbers(nodes), growth.sampler.chooser(logits))
@@ -208,6 +235,11 @@ class Speculation:
         if timeline is not None:
             record_step(timeline, commit, start, walked_s, end)
         return commit
+
+    def _verify(self, nodes: list[int], first: int, drafting_s: float) -> None:
+        """A sweep begins whose rows from ``first`` on are ``nodes``, after some drafting."""
+        self._growth.verified = frozenset(nodes)
+        self._previews = Previews(nodes, first, drafting_s, self._calibrations)
 
     def _follow(self, walked: Walk) -> tuple[float, float]:
         """Learn from a walk, keep the subtree below its last token, and move entries to where they belong.
@@ -251,19 +283,49 @@ class Speculation:
         except StopIteration as done:
             self._gap_pass_s += time.perf_counter() - start
             self._gap_pass = None
-            self._take(self._gap_nodes, done.value, self._gap_pass_s)
+            self._gap_end(done.value)
         return True
 
     def _begin_gap_pass(self) -> bool:
         """Choose the next pass of a gap; False if there is none."""
-        open_nodes, chances = self._growth.frontier(self._policy.width)
+        growth = self._growth
+        self._gap_pass_s = 0.0
+        if self._begin_preview():
+            return True
+        open_nodes, chances = growth.frontier(self._policy.width)
         count = self._policy.widen_in_gap(chances)
         if count == 0:
             return False
         self._gap_nodes = open_nodes[:count]
-        self._gap_pass = self._passes.draft_steps(self._growth.forward(self._gap_nodes))
-        self._gap_pass_s = 0.0
+        self._gap_pass = self._passes.draft_steps(growth.forward(self._gap_nodes))
+        self._gap_end = self._take_gap_pass
         return True
+
+    def _begin_preview(self) -> bool:
+        """Begin a preview of the sweep under way; False if it is not the time for one."""
+        growth, passes, previews = self._growth, self._passes, self._previews
+        swept = passes.swept
+        calibration = previews.due(swept)
+        if calibration is None:
+            return False
+        most = self._policy.preview(previews.drafting_s, len(previews.nodes), swept)
+        nodes = growth.open_below(previews.nodes, most)
+        if not nodes:
+            return False
+        rows = growth.tree.rows_elsewhere(nodes, growth.tree.base + growth.capacity)
+        self._gap_nodes = nodes
+        self._gap_pass = passes.preview_steps(previews.numbers(nodes), rows)
+        self._gap_end = partial(self._previewed, calibration, 1 - swept)
+        return True
+
+    def _take_gap_pass(self, logits: torch.Tensor) -> None:
+        """A draft pass in gaps ended."""
+        self._take(self._gap_nodes, logits, self._gap_pass_s)
+
+    def _previewed(self, calibration: Calibration, left: float, logits: torch.Tensor) -> None:
+        """A preview through the ``left`` share of the layers ended."""
+        self._policy.times.observe_preview(len(self._gap_nodes), left, self._gap_pass_s)
+        self._growth.preview(self._gap_nodes, logits, calibration, self._policy.least_score)
 
     def _end_gap_pass(self, top: int | None) -> None:
         """End the pass that the sweep's end broke off, if the next step needs it; else forget it."""
@@ -274,7 +336,8 @@ class Speculation:
             return
         start = time.perf_counter()
         logits = finished(unfinished)
-        self._take(self._gap_nodes, logits, self._gap_pass_s + time.perf_counter() - start)
+        self._gap_pass_s += time.perf_counter() - start
+        self._take_gap_pass(logits)
 
     def _take(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
         """A draft pass ended: add its guesses, learn what it took."""

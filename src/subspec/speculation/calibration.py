@@ -18,7 +18,7 @@ import torch
 
 CALIBRATION_NAMES = {False: "greedy", True: "drawn"}
 CANDIDATES = 8  # of a draft row; what is beyond them counts as a miss
-DEFAULT_TEMPERATURE = 0.7
+DEFAULT_TEMPERATURE = 0.3
 DEFAULT_MISS = 0.02
 WINDOW = 512  # observations that the fit looks at
 PRIOR_CERTAINTY = 8.0  # of a starting temperature that nothing was seen of: 1 / variance of its logarithm
@@ -27,7 +27,7 @@ _MISS_WEIGHT = 32.0  # rows that the starting miss rate is worth
 _FEWEST_MISSES = 0.05  # that are always counted in: that none was seen does not prove that there are none
 _NEVER = -1e4  # the score of a candidate that is none
 _REFIT_AFTER = 8  # new observations
-_LIMITS = (0.05, 20.0)  # of the temperature
+_LIMITS = (0.01, 20.0)  # of the temperature
 BINS = 10  # of the reliability record
 
 

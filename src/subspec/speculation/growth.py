@@ -22,6 +22,7 @@ from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk
 
 CHILDREN = 6  # most children of a node
+_TIE = 0.05  # what being equal to a token of lower number costs: bf16 logits are often equal
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Guess:
     seconds: float
     in_gap: bool
 
+    def place_of(self, token: int) -> int | None:
+        """Which candidate a token is; None if it is none."""
+        return self.tokens.index(token) if token in self.tokens else None
+
 
 @dataclass
 class Growth:
@@ -51,6 +56,7 @@ class Growth:
         max_depth: nodes at this depth are not forwarded, their children could not be used.
         guesses: of the nodes forwarded so far.
         verified: nodes in the sweep under way; empty while there is none.
+        previewed: what previews of that sweep said of its nodes, and by which calibration.
     """
 
     tree: DraftTree
@@ -60,6 +66,7 @@ class Growth:
     max_depth: int
     guesses: dict[int, Guess] = field(default_factory=dict)
     verified: frozenset[int] = frozenset()
+    previewed: list[tuple[int, Calibration, Guess]] = field(default_factory=list)
     _forwarded: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -110,6 +117,17 @@ class Growth:
         chosen = chosen[: min(most, room // (CHILDREN + 1))]
         return chosen, [max(chances[node], 0.0) for node in chosen]
 
+    def open_below(self, nodes: Sequence[int], most: int) -> list[int]:
+        """The likeliest of some nodes, their ancestors among them, whose children could still be used."""
+        tree = self.tree
+        usable = [
+            node
+            for node in nodes
+            if tree.depths[node] < self.max_depth
+            and (node == 0 or tree.tokens[node] not in self.sampler.ends)
+        ]
+        return tree.likeliest(usable, most)
+
     def forward(self, nodes: list[int]) -> Rows:
         """The rows of a draft pass over ``nodes``, which from now on count as forwarded."""
         self._forwarded.update(nodes)
@@ -131,27 +149,54 @@ class Growth:
         Returns:
             For each node the probability of its likeliest child, given the node.
         """
-        tree = self.tree
-        positions = [tree.base + tree.depths[node] + 1 for node in nodes]
-        paths = [tree.path_tokens(node) for node in nodes]
-        tokens, scores = self.sampler.candidates(logits, positions, paths, CANDIDATES)  # (T, K)
-        logs = self.calibration.log_probabilities(scores)
         likeliest = []
-        for node, own_tokens, own_logs, own_scores in zip(
-            nodes, tokens.tolist(), logs.tolist(), scores, strict=True
-        ):
-            known = [place for place, log in enumerate(own_logs) if log > -math.inf]  # nor NaN
-            guess = Guess(
-                [own_tokens[i] for i in known],
-                [own_logs[i] for i in known],
-                own_scores,
-                seconds / len(nodes),
-                bool(self.verified),
-            )
+        for node, guess in zip(nodes, self._guesses(nodes, logits, self.calibration, seconds), strict=True):
             self.guesses[node] = guess
             self._add_children(node, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         return likeliest
+
+    def preview(
+        self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, least_score: float
+    ) -> None:
+        """What the sweep will probably say of some of its nodes: it takes the place of what the draft said.
+
+        Args:
+            nodes: parents before children.
+            logits: (T, V) of a preview.
+            calibration: of such previews.
+            least_score: as in ``take``.
+        """
+        for node, guess in zip(nodes, self._guesses(nodes, logits, calibration, 0.0), strict=True):
+            if len(self.tree) + len(self.tree.shadows) + CHILDREN > self.capacity:
+                return
+            self.previewed.append((node, calibration, guess))
+            self._add_children(node, guess, least_score)
+
+    def _guesses(
+        self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, seconds: float
+    ) -> list[Guess]:
+        """What logits (T, V) say of the nodes' next tokens."""
+        tree = self.tree
+        positions = [tree.base + tree.depths[node] + 1 for node in nodes]
+        paths = [tree.path_tokens(node) for node in nodes]
+        tokens, scores = self.sampler.candidates(logits, positions, paths, CANDIDATES)  # (T, K)
+        equal = (scores[:, :, None] == scores[:, None, :]) & (tokens[:, :, None] > tokens[:, None, :])
+        scores = scores - _TIE * equal.sum(-1)  # the target takes the first of equals
+        logs = calibration.log_probabilities(scores)
+        guesses = []
+        for own_tokens, own_logs, own_scores in zip(tokens.tolist(), logs.tolist(), scores, strict=True):
+            known = [place for place, log in enumerate(own_logs) if log > -math.inf]  # nor NaN
+            guesses.append(
+                Guess(
+                    [own_tokens[i] for i in known],
+                    [own_logs[i] for i in known],
+                    own_scores,
+                    seconds / len(nodes),
+                    bool(self.verified),
+                )
+            )
+        return guesses
 
     def _add_children(self, node: int, guess: Guess, least_score: float) -> None:
         """Children that are likely enough; one that is there already gets the better founded score."""
@@ -182,11 +227,15 @@ class Growth:
             Seconds of draft passes that foresaw committed tokens; of those, what ran in gaps.
         """
         used_s = used_in_gaps_s = 0.0
-        for node, token in zip(walk.nodes, walk.tokens, strict=True):
+        took = dict(zip(walk.nodes, walk.tokens, strict=True))
+        for node, calibration, foreseen in self.previewed:
+            if node in took:
+                calibration.observe(foreseen.scores, foreseen.logs, foreseen.place_of(took[node]))
+        for node, token in took.items():
             guess = self.guesses.get(node)
             if guess is None:
                 continue
-            taken = guess.tokens.index(token) if token in guess.tokens else None
+            taken = guess.place_of(token)
             self.calibration.observe(guess.scores, guess.logs, taken)
             if taken is not None:
                 used_s += guess.seconds

@@ -11,10 +11,12 @@ the ratio's fixed point is Dinkelbach's (1967).
 
 from collections.abc import Sequence
 
+from subspec.speculation.preview import PREVIEW_ROWS
 from subspec.speculation.times import StepTimes
 
 FIRST_GUESS_AGREEMENT = 0.85
 FIRST_GAP_VALUE = 0.3
+PREVIEW_SHARE = 0.12  # of a sweep's gaps: more is not spent on one look ahead
 READING_SHARE = 0.33  # of a prompt's gaps: more is not spent to have them at all
 _FORGET = 0.85  # of tokens and seconds, a step
 _FORGET_AGREEMENT = 0.97
@@ -125,6 +127,17 @@ class Policy:
         times = self.times
         idle_s = times.link_s - times.sweep(rows)
         return 0 < times.prompt_s(rows) < READING_SHARE * idle_s
+
+    def preview(self, drafting_s: float, rows: int, swept: float) -> int:
+        """How many rows of a sweep to preview now; 0: none.
+
+        Args:
+            drafting_s: what the step drafted before the sweep.
+            rows: that the sweep verifies.
+            swept: share of the layers that it has done.
+        """
+        gap_s = self.times.gap_s(drafting_s, rows)
+        return min(self.times.preview_rows(PREVIEW_SHARE * gap_s, 1 - swept), PREVIEW_ROWS)
 
     def widen_in_gap(self, frontier: Sequence[float]) -> int:
         """How many of the likeliest undrafted nodes to forward in a gap: those that bring most a second."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 _FORGET = 0.8  # what is left of an old draft time once a new one is seen
 _FORGET_SWEEP = 0.9
+_HEAD_SHARE = 0.15  # the output head's part of a draft pass, beside all layers' 1
 _BASE_ROWS = 40.0  # rows that cost as much as what a sweep costs besides, until that is known
 
 
@@ -91,6 +92,7 @@ class StepTimes:
         link_s: that the link needs for what a sweep streams; 0 if nothing streams.
         ahead_s: of it, what fits the slots while no sweep runs.
         prompt_row_s: of a draft pass over many rows, a row's share; 0 until one was seen.
+        preview_row_s: a row's share of what a preview of all layers would take; 0 until one was seen.
     """
 
     draft: DraftTimes = field(default_factory=DraftTimes)
@@ -98,20 +100,39 @@ class StepTimes:
     link_s: float = 0.0
     ahead_s: float = 0.0
     prompt_row_s: float = 0.0
+    preview_row_s: float = 0.0
 
     def prompt_s(self, rows: int) -> float:
         """Seconds of a draft pass that reads ``rows`` of a prompt; 0 as long as nothing is known."""
         most = max(self.draft.seen, default=0)
         if rows <= most or most <= 1:
             return self.draft(rows)
-        # Until a prompt was read: twice what few rows cost each, since many do not share a load of weights.
-        guess_s = 2 * max(self.draft(most) - self.draft(1), 0.0) / (most - 1)
-        return self.draft(1) + rows * (self.prompt_row_s or guess_s)
+        return self.draft(1) + rows * (self.prompt_row_s or self._guessed_row_s)
 
     def observe_prompt(self, rows: int, seconds: float) -> None:
         """The draft read ``rows`` of a prompt."""
         if rows > max(self.draft.seen, default=0):
             self.prompt_row_s = max(seconds - self.draft(1), 0.0) / rows
+
+    def preview_rows(self, seconds: float, left: float) -> int:
+        """Rows that a preview through the ``left`` share of the layers can have in some seconds."""
+        if self.draft(1) * (left + _HEAD_SHARE) > seconds:
+            return 0
+        row_s = (self.preview_row_s or self._guessed_row_s) * (left + _HEAD_SHARE)
+        return int(seconds / row_s) if row_s > 0 else 0
+
+    def observe_preview(self, rows: int, left: float, seconds: float) -> None:
+        """A preview of ``rows`` through the ``left`` share of the layers ended."""
+        row_s = seconds / (rows * (left + _HEAD_SHARE))
+        if rows > max(self.draft.seen, default=0):
+            known = self.preview_row_s
+            self.preview_row_s = row_s if known == 0 else _FORGET * known + (1 - _FORGET) * row_s
+
+    @property
+    def _guessed_row_s(self) -> float:
+        """A row's share of many, until one was seen: twice that of few, as many do not share a load."""
+        most = max(self.draft.seen, default=0)
+        return 2 * max(self.draft(most) - self.draft(1), 0.0) / (most - 1) if most > 1 else 0.0
 
     def step_s(self, drafting_s: float, rows: int) -> float:
         """Seconds of a step that drafts for ``drafting_s`` and verifies ``rows`` nodes."""

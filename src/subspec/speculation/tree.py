@@ -80,6 +80,11 @@ class DraftTree:
         """``rows`` for the draft: keys and values of nodes with a shadow are those in the shadow."""
         return self._rows(nodes, self.draft_slot)
 
+    def rows_elsewhere(self, nodes: list[int], first: int) -> Rows:
+        """``rows`` with slots from ``first`` on instead of the nodes' own; ``nodes`` hold all ancestors."""
+        slots = {node: first + place for place, node in enumerate(nodes)}
+        return self._rows(nodes, slots.__getitem__)
+
     def _rows(self, nodes: list[int], slot: Callable[[int], int]) -> Rows:
         lengths = [len(self.paths[node]) for node in nodes]
         longest = max(lengths)
