@@ -16,9 +16,7 @@ Source: SubSpec (Chang et al. 2025, arXiv 2509.18344) for the step; overlapping 
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 
@@ -26,83 +24,19 @@ from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, finished
 from subspec.speculation.calibration import Calibration
 from subspec.speculation.commit import Commit, record_step
+from subspec.speculation.gaps import GapFiller, add, take
 from subspec.speculation.growth import Growth
 from subspec.speculation.learner import Learner
 from subspec.speculation.ngram import NgramGuesser, NgramRates
+from subspec.speculation.passes import AdaptivePasses, LinkClock
 from subspec.speculation.policy import Policy
 from subspec.speculation.preview import PREVIEW_ROWS, Previews, preview_calibrations
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk, row_numbers, walk
 
-Gap = Callable[[], bool]
 FIRST_ROWS = (1, 2, 4)  # draft passes timed before the first step
 MOST_PROMPT_ROWS = 128  # of a prompt that the draft reads for itself
-
-
-class LinkClock(Protocol):
-    """Running totals of the model's passes, in seconds and bytes."""
-
-    @property
-    def wait_s(self) -> float:
-        """That sweeps waited for the link without anything to do."""
-        ...
-
-    @property
-    def gap_s(self) -> float:
-        """That sweeps spent in gaps, drafting."""
-        ...
-
-    @property
-    def link_s(self) -> float:
-        """That the link was busy."""
-        ...
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes that came over it."""
-        ...
-
-
-class AdaptivePasses(Protocol):
-    """The model as an adaptive step sees it: passes that can be interleaved, and what they took."""
-
-    def target(self, rows: Rows, *, last_only: bool, gap: Gap | None = None) -> torch.Tensor:
-        """One sweep of the exact model: logits (T, V), or (1, V) of the last row.
-
-        Calls ``gap`` again and again while the next unit is not there, until it says that it has nothing to
-        do.
-        """
-        ...
-
-    def draft_steps(self, rows: Rows, *, last_only: bool = False) -> Generator[None, None, torch.Tensor]:
-        """A pass over substitutes: yields after each layer, returns logits (T, V), or the last row's."""
-        ...
-
-    @property
-    def swept(self) -> float:
-        """Share of the layers that the sweep under way has done."""
-        ...
-
-    def preview_steps(self, numbers: list[int], rows: Rows) -> Generator[None, None, torch.Tensor]:
-        """A pass over rows ``numbers`` of the sweep under way from where it is, by substitutes: as a draft's.
-
-        ``rows``: the same with slots of their own.
-        """
-        ...
-
-    def move(self, sources: list[int], start: int, drafts: int = 0) -> None:
-        """Move cache slots ``sources`` to ``start`` and on; the last ``drafts`` of them are a draft's."""
-        ...
-
-    def counters(self) -> LinkClock:
-        """Totals so far."""
-        ...
-
-    @property
-    def sweep_bytes(self) -> tuple[int, int]:
-        """Bytes that a sweep streams, and of those, how many fit the slots while no sweep runs."""
-        ...
 
 
 class Speculator(Learner):
@@ -143,11 +77,7 @@ class Speculation:
     ) -> None:
         self._policy, self._passes, self._growth, self._ngrams = policy, passes, growth, ngrams
         self._calibrations = calibrations  # of previews
-        self._previews = Previews([], 0, 0.0, calibrations)
-        self._gap_nodes: list[int] = []
-        self._gap_pass: Generator[None, None, torch.Tensor] | None = None
-        self._gap_pass_s = 0.0
-        self._gap_end: Callable[[torch.Tensor], None] = self._take_gap_pass
+        self._gaps: GapFiller  # of the sweep under way, or of the last one
 
     def prefill(self, rows: Rows, remaining: int) -> torch.Tensor:
         """The prompt's sweep, with what can be drafted meanwhile.
@@ -169,10 +99,10 @@ class Speculation:
             early_s = time.perf_counter() - start
             policy.times.observe_prompt(len(rows), early_s)
             growth.forward([0])
-            self._add([0], logits, early_s)
-        self._verify([0], len(rows) - 1, early_s)
+            add(policy, growth, [0], logits, early_s)
+        gaps = self._sweeping([0], len(rows) - 1, early_s)
         begun = time.perf_counter()
-        logits = passes.target(rows, last_only=True, gap=self._advance if early else None)
+        logits = passes.target(rows, last_only=True, gap=gaps.advance if early else None)
         swept_s, after = time.perf_counter() - begun, passes.counters()
         gap_s, waited_s = after.gap_s - before.gap_s, after.wait_s - before.wait_s
         policy.times.sweep.start(len(rows), max(swept_s - waited_s - gap_s, 0.0))
@@ -215,8 +145,8 @@ class Speculation:
         drafting_s = time.perf_counter() - start
         nodes = growth.usable(policy.verify(growth.scores(), drafting_s))
         drafted = len(growth.tree)
-        self._verify(nodes, 0, drafting_s)
-        logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=self._advance)  # (N, V)
+        gaps = self._sweeping(nodes, 0, drafting_s)
+        logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=gaps.advance)  # (N, V)
         swept_s = time.perf_counter() - start - drafting_s
         walked = walk(growth.tree, row_numbers(nodes), growth.sampler.chooser(logits))
         walked_s = time.perf_counter()
@@ -236,10 +166,12 @@ class Speculation:
             record_step(timeline, commit, start, walked_s, end)
         return commit
 
-    def _verify(self, nodes: list[int], first: int, drafting_s: float) -> None:
-        """A sweep begins whose rows from ``first`` on are ``nodes``, after some drafting."""
+    def _sweeping(self, nodes: list[int], first: int, drafting_s: float) -> GapFiller:
+        """What fills the gaps of a sweep that now begins: its rows from ``first`` on are ``nodes``."""
         self._growth.verified = frozenset(nodes)
-        self._previews = Previews(nodes, first, drafting_s, self._calibrations)
+        previews = Previews(nodes, first, drafting_s, self._calibrations)
+        self._gaps = GapFiller(self._policy, self._passes, self._growth, previews)
+        return self._gaps
 
     def _follow(self, walked: Walk) -> tuple[float, float]:
         """Learn from a walk, keep the subtree below its last token, and move entries to where they belong.
@@ -249,7 +181,7 @@ class Speculation:
         """
         growth = self._growth
         top = growth.next_root(walked)
-        self._end_gap_pass(top)
+        self._gaps.finish(top)
         used = growth.learn(walked)
         following, slots = growth.continue_from(walked, top)
         self._passes.move(slots, growth.tree.base, len(following.tree) if top is not None else 0)
@@ -269,85 +201,7 @@ class Speculation:
             nodes = open_nodes[:count]
             begun = time.perf_counter()
             logits = finished(self._passes.draft_steps(growth.forward(nodes)))
-            self._take(nodes, logits, time.perf_counter() - begun)
-
-    def _advance(self) -> bool:
-        """One layer of a draft pass in a gap; False if there is nothing worth drafting."""
-        start = time.perf_counter()
-        if self._gap_pass is None and not self._begin_gap_pass():
-            return False
-        assert self._gap_pass is not None
-        try:
-            next(self._gap_pass)
-            self._gap_pass_s += time.perf_counter() - start
-        except StopIteration as done:
-            self._gap_pass_s += time.perf_counter() - start
-            self._gap_pass = None
-            self._gap_end(done.value)
-        return True
-
-    def _begin_gap_pass(self) -> bool:
-        """Choose the next pass of a gap; False if there is none."""
-        growth = self._growth
-        self._gap_pass_s = 0.0
-        if self._begin_preview():
-            return True
-        open_nodes, chances = growth.frontier(self._policy.width)
-        count = self._policy.widen_in_gap(chances)
-        if count == 0:
-            return False
-        self._gap_nodes = open_nodes[:count]
-        self._gap_pass = self._passes.draft_steps(growth.forward(self._gap_nodes))
-        self._gap_end = self._take_gap_pass
-        return True
-
-    def _begin_preview(self) -> bool:
-        """Begin a preview of the sweep under way; False if it is not the time for one."""
-        growth, passes, previews = self._growth, self._passes, self._previews
-        swept = passes.swept
-        calibration = previews.due(swept)
-        if calibration is None:
-            return False
-        most = self._policy.preview(previews.drafting_s, len(previews.nodes), swept)
-        nodes = growth.open_below(previews.nodes, most)
-        if not nodes:
-            return False
-        rows = growth.tree.rows_elsewhere(nodes, growth.tree.base + growth.capacity)
-        self._gap_nodes = nodes
-        self._gap_pass = passes.preview_steps(previews.numbers(nodes), rows)
-        self._gap_end = partial(self._previewed, calibration, 1 - swept)
-        return True
-
-    def _take_gap_pass(self, logits: torch.Tensor) -> None:
-        """A draft pass in gaps ended."""
-        self._take(self._gap_nodes, logits, self._gap_pass_s)
-
-    def _previewed(self, calibration: Calibration, left: float, logits: torch.Tensor) -> None:
-        """A preview through the ``left`` share of the layers ended."""
-        self._policy.times.observe_preview(len(self._gap_nodes), left, self._gap_pass_s)
-        self._growth.preview(self._gap_nodes, logits, calibration, self._policy.least_score)
-
-    def _end_gap_pass(self, top: int | None) -> None:
-        """End the pass that the sweep's end broke off, if the next step needs it; else forget it."""
-        unfinished, self._gap_pass = self._gap_pass, None
-        if unfinished is None or top is None:
-            return
-        if set(self._gap_nodes).isdisjoint(self._growth.tree.below(top)):
-            return
-        start = time.perf_counter()
-        logits = finished(unfinished)
-        self._gap_pass_s += time.perf_counter() - start
-        self._take_gap_pass(logits)
-
-    def _take(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
-        """A draft pass ended: add its guesses, learn what it took."""
-        self._policy.times.draft.observe(len(nodes), seconds)
-        self._add(nodes, logits, seconds)
-
-    def _add(self, nodes: list[int], logits: torch.Tensor, seconds: float) -> None:
-        """Add the guesses of a draft pass."""
-        for likeliest in self._growth.take(nodes, logits, seconds, self._policy.least_score):
-            self._policy.passed(likeliest)
+            take(policy, growth, nodes, logits, time.perf_counter() - begun)
 
     def _learn_link(self, totals: LinkClock) -> None:
         """What a sweep's bytes take at the link's speed so far."""

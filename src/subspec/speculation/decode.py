@@ -14,11 +14,12 @@ import torch
 
 from subspec.memory.timeline import Timeline
 from subspec.models.decoder import Rows, prefix_rows
-from subspec.speculation.adaptive import AdaptivePasses, Speculator
+from subspec.speculation.adaptive import Speculator
 from subspec.speculation.ahead import Ahead
 from subspec.speculation.commit import Commit, record_step
 from subspec.speculation.device_passes import DevicePasses
 from subspec.speculation.draft import TreeShape, grow
+from subspec.speculation.passes import AdaptivePasses
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import row_numbers, walk
