@@ -1,11 +1,13 @@
 """How a draft tree grows: nothing is drafted after what ends the text, and previews overrule drafts."""
 
 import math
+import random
 
 import torch
 
 from subspec.speculation.calibration import Calibration
 from subspec.speculation.growth import CHILDREN, Growth
+from subspec.speculation.recycled import Recycled
 from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk
@@ -17,18 +19,25 @@ def grown(ends: tuple[int, ...]) -> Growth:
     """A tree whose root is likeliest followed by the end token, then by 3."""
     sampler = Sampler(SamplingParams(), [1], ends=ends)
     growth = Growth(DraftTree.rooted(1, 10), sampler, Calibration(), 100, 8)
-    assert growth.frontier(4)[0] == [0]
+    assert forwarded(growth, 4) == [0]
     logits = torch.zeros(1, VOCABULARY)
     logits[0, END], logits[0, 3] = 5.0, 4.0
-    growth.forward([0])
     growth.take([0], logits, 0.1, 0.001)
     return growth
 
 
+def forwarded(growth: Growth, most: int) -> list[int]:
+    """Open and forward all that the frontier has."""
+    nodes = growth.open(growth.frontier(most)[0])
+    if nodes:
+        growth.forward(nodes)
+    return nodes
+
+
 def test_the_likeliest_child_is_not_forwarded_if_it_ends_the_text() -> None:
     growth = grown((END,))
-    nodes, chances = growth.frontier(4)
-    tokens = [growth.tree.tokens[node] for node in nodes]
+    openings, chances = growth.frontier(4)
+    tokens = [one.token for one in openings]
     assert tokens[0] == 3
     assert END not in tokens
     assert END in growth.tree.tokens  # it is verified like any other
@@ -37,7 +46,7 @@ def test_the_likeliest_child_is_not_forwarded_if_it_ends_the_text() -> None:
 
 def test_it_is_if_the_text_goes_on() -> None:
     growth = grown(())
-    assert growth.tree.tokens[growth.frontier(4)[0][0]] == END
+    assert growth.frontier(4)[0][0].token == END
 
 
 def test_a_proposed_chain_ends_there() -> None:
@@ -51,7 +60,7 @@ def test_a_proposed_chain_ends_there() -> None:
 def test_a_root_is_drafted_whatever_it_is() -> None:
     sampler = Sampler(SamplingParams(), [END], ends=(END,))
     growth = Growth(DraftTree.rooted(END, 10), sampler, Calibration(), 100, 8)
-    assert growth.frontier(4)[0] == [0]
+    assert [one.node for one in growth.frontier(4)[0]] == [0]
 
 
 def previewed(logits: torch.Tensor, capacity: int = 100) -> tuple[Growth, Calibration]:
@@ -74,7 +83,7 @@ def test_a_preview_takes_the_place_of_what_the_draft_said() -> None:
     assert scores[3] > -0.1
     assert scores[END] <= math.log(calibration.miss), "neither the draft's favourite nor this one's"
     assert 12 in children, "a child that the draft did not think of"
-    assert growth.frontier(1)[0] == [children[3]]
+    assert [one.node for one in growth.frontier(1)[0]] == [children[3]]
 
 
 def test_of_equals_the_target_takes_the_first() -> None:
@@ -108,3 +117,65 @@ def test_only_nodes_whose_children_could_be_used_are_previewed() -> None:
     assert growth.open_below(nodes, 2) == [0, growth.tree.children_of(0)[3]]
     growth.max_depth = 1
     assert growth.open_below(nodes, 100) == [0]
+
+
+def guessing(text: list[int], ends: tuple[int, ...] = (), depth: int = 8) -> Growth:
+    """A tree of the text's last token, with what the text tells of successors."""
+    sampler = Sampler(SamplingParams(), [1], ends=ends)
+    growth = Growth(DraftTree.rooted(text[-1], 10), sampler, Calibration(), 100, depth)
+    growth.recycled = Recycled(text)
+    return growth
+
+
+def test_a_pass_tries_what_followed_before_and_goes_on_where_it_is_right() -> None:
+    growth = guessing([1, 2, 3, 4, 5, 1, 2])
+    openings, chances = growth.frontier(4)
+    assert [one.token for one in openings] == [2, 3, 4, 5]
+    assert chances == sorted(chances, reverse=True)
+    assert len(growth.tree) == 1, "a guess that is not tried is no node"
+    nodes = growth.open(openings[:3])
+    rows = growth.forward(nodes)
+    assert rows.tokens.tolist() == [2, 3, 4]
+    assert rows.path_lens.tolist() == [1, 2, 3]
+    logits = torch.zeros(3, VOCABULARY)
+    logits[0, 3], logits[1, 8], logits[2, 9] = 9.0, 9.0, 9.0  # the first guess is right, the second is not
+    growth.take(nodes, logits, 0.1, 2 * growth.calibration.miss)
+    tree = growth.tree
+    assert tree.scores[nodes[1]] > -0.1
+    assert tree.scores[nodes[2]] < -3
+    assert tree.children_of(nodes[2]) == {}, "nothing grows below a wrong guess"
+    assert growth.frontier(1)[0][0].node == tree.children_of(nodes[1])[8]
+
+
+def test_guesses_keep_to_the_depth_and_to_what_goes_on() -> None:
+    text = [1, 2, 3, 4, 5, 1, 2]
+    assert [one.token for one in guessing(text, ends=(4,)).frontier(8)[0]] == [2, 3]
+    assert [one.token for one in guessing(text, depth=3).frontier(8)[0]] == [2, 3, 4]
+    assert [one.token for one in guessing([1, 2]).frontier(8)[0]] == [2]
+
+
+def test_what_a_text_took_counts_for_the_next_guess_and_goes_over_to_the_next_tree() -> None:
+    growth = guessing([1, 2, 3, 1])
+    growth.take(forwarded(growth, 1), torch.eye(VOCABULARY)[[6]] * 9, 0.1, 0.01)
+    walk = Walk([0], [9])
+    growth.learn(walk)
+    following, _ = growth.continue_from(walk, None)
+    found = following.recycled.guess([3, 1])
+    assert found is not None
+    assert found.token == 9
+
+
+def test_the_frontier_has_room_for_what_it_opens_and_parents_come_first() -> None:
+    chance = random.Random(4)
+    for capacity in (10, 20, 40, 80):
+        growth = guessing([chance.randrange(4) for _ in range(60)])
+        growth.capacity = capacity
+        for _ in range(12):
+            nodes = forwarded(growth, chance.randint(1, 6))
+            for node in nodes:
+                parent = growth.tree.parents[node]
+                assert parent not in nodes or nodes.index(parent) < nodes.index(node)
+            if not nodes:
+                break
+            growth.take(nodes, torch.randn(len(nodes), VOCABULARY), 0.1, 0.001)
+            assert len(growth.tree) <= capacity

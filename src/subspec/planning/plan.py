@@ -9,7 +9,7 @@ With a device there are three tiers, VRAM, RAM and disk, and two budgets: what d
 streamed, and as much of that as a second budget holds rests in RAM; the rest is read from disk every sweep.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from subspec.errors import BudgetError
@@ -28,9 +28,13 @@ __all__ = ["Plan", "Request", "make_plan", "plain_images"]
 # there in less than half the time, and a row must be worth its products.  A sweep over plain weights in
 # memory costs a few levels.
 STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
-ROOMY_TREE = TreeShape(depth=56, width=12, nodes=128)  # the same, for trees that grow in a sweep's gaps
 REBUILT_TREE = TreeShape(depth=40, width=6, nodes=64, min_reach=0.2, min_score=0.04)
 RESIDENT_TREE = TreeShape(depth=12, width=4, nodes=24, min_reach=0.5)
+ROOMY_DEPTH = {
+    False: 56,
+    True: 40,
+}  # of trees that grow as they pay and in a sweep's gaps: by whether weights are rebuilt
+ROOMY_WIDTH = 12
 MOSTLY_PLAIN = 0.9  # share of the weights above which neither streaming nor rebuilding decides a sweep's time
 
 
@@ -205,8 +209,9 @@ def make_plan(
     plain = images.plain_bytes_of(len(small.plain_layers), small.plain_chunks)
     if plain >= MOSTLY_PLAIN * images.plain_bytes:
         return small
-    streamed = STREAMED_TREE if request.pins_tree else ROOMY_TREE
-    tree = REBUILT_TREE if images.rebuilt else streamed
+    tree = REBUILT_TREE if images.rebuilt else STREAMED_TREE
+    if not request.pins_tree:
+        tree = replace(tree, depth=ROOMY_DEPTH[images.rebuilt], width=ROOMY_WIDTH)
     try:
         return _spend(config, itemsize, small_bytes, request, tree, images, costs)
     except BudgetError:

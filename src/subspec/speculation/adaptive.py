@@ -31,11 +31,12 @@ from subspec.speculation.ngram import NgramGuesser, NgramRates
 from subspec.speculation.passes import AdaptivePasses, LinkClock
 from subspec.speculation.policy import Policy
 from subspec.speculation.preview import PREVIEW_ROWS, Previews, preview_calibrations
+from subspec.speculation.recycled import Recycled
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk, row_numbers, walk
 
-FIRST_ROWS = (1, 2, 4)  # draft passes timed before the first step
+FIRST_ROWS = (1, 2, 4, 8)  # draft passes timed before the first step
 MOST_PROMPT_ROWS = 128  # of a prompt that the draft reads for itself
 
 
@@ -60,6 +61,7 @@ class Speculator(Learner):
         calibration = self.calibrations[sampler.params.samples]
         root = DraftTree.rooted(prompt[-1], len(prompt) - 1)
         growth = Growth(root, sampler, calibration, self.capacity, 0)
+        growth.recycled = Recycled(prompt)
         ngrams = NgramGuesser(self._ngrams, prompt)
         return Speculation(self.policy, passes, growth, ngrams, self._previews[sampler.params.samples])
 
@@ -193,12 +195,12 @@ class Speculation:
         """Draft before the sweep, as long as it pays."""
         growth, policy = self._growth, self._policy
         while True:
-            open_nodes, chances = growth.frontier(policy.width)
+            openings, chances = growth.frontier(policy.width)
             spent_s = time.perf_counter() - start
             count = policy.widen(chances, growth.scores(), spent_s)
             if count == 0:
                 return
-            nodes = open_nodes[:count]
+            nodes = growth.open(openings[:count])
             begun = time.perf_counter()
             logits = finished(self._passes.draft_steps(growth.forward(nodes)))
             take(policy, growth, nodes, logits, time.perf_counter() - begun)

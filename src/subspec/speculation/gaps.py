@@ -84,11 +84,11 @@ class GapFiller:
         if self._begin_preview():
             return True
         growth = self._growth
-        open_nodes, chances = growth.frontier(self._policy.width)
+        openings, chances = growth.frontier(self._policy.width)
         count = self._policy.widen_in_gap(chances)
         if count == 0:
             return False
-        self._nodes = open_nodes[:count]
+        self._nodes = growth.open(openings[:count])
         self._pass = self._passes.draft_steps(growth.forward(self._nodes))
         self._end = self._drafted
         return True

@@ -17,11 +17,13 @@ import torch
 
 from subspec.models.decoder import Rows
 from subspec.speculation.calibration import CANDIDATES, Calibration
+from subspec.speculation.recycled import Recycled, Successor
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk
 
 CHILDREN = 6  # most children of a node
+_LEAST_GUESS = 0.05  # guesses less likely to be reached than this are not tried
 _TIE = 0.05  # what being equal to a token of lower number costs: bf16 logits are often equal
 
 
@@ -47,6 +49,29 @@ class Guess:
 
 
 @dataclass
+class Opening:
+    """A node that may be forwarded, or a guess that would become one.
+
+    Attributes:
+        node: its number; −1 as long as it is none.
+        above: of a guess, the opening that it follows.
+        token, depth: of the node.
+        reached: the probability that the target gets there; ``matters``: and to no child that is known.
+        guess: what it was guessed from.
+        last: whether it has no children.
+    """
+
+    node: int
+    above: "Opening | None"
+    token: int
+    depth: int
+    reached: float
+    matters: float
+    guess: Successor | None = None
+    last: bool = True
+
+
+@dataclass
 class Growth:
     """A tree under way.
 
@@ -56,6 +81,7 @@ class Growth:
         max_depth: nodes at this depth are not forwarded, their children could not be used.
         guesses: of the nodes forwarded so far.
         verified: nodes in the sweep under way; empty while there is none.
+        recycled: guesses that draft passes try.
         previewed: what previews of that sweep said of its nodes, and by which calibration.
     """
 
@@ -66,8 +92,10 @@ class Growth:
     max_depth: int
     guesses: dict[int, Guess] = field(default_factory=dict)
     verified: frozenset[int] = frozenset()
+    recycled: Recycled = field(default_factory=lambda: Recycled(()))
     previewed: list[tuple[int, Calibration, Guess]] = field(default_factory=list)
     _forwarded: set[int] = field(default_factory=set)
+    _tried: dict[int, int] = field(default_factory=dict)  # nodes that were guesses, and their kinds
 
     def __post_init__(self) -> None:
         self._forwarded |= set(self.guesses)
@@ -95,27 +123,66 @@ class Growth:
             if token in self.sampler.ends:
                 return
 
-    def frontier(self, most: int) -> tuple[list[int], list[float]]:
-        """The nodes to forward next, best first, and the probabilities that it matters.
+    def frontier(self, most: int) -> tuple[list[Opening], list[float]]:
+        """What to forward next, likeliest first, and the probabilities that it matters.
 
-        Those are of reaching the node and no child that is guessed already.  At most ``most`` nodes, and no
-        more than have room for themselves and their children; none that ends the text.
+        Those are of reaching a node and no child that is guessed already.  At most ``most`` nodes, and no
+        more than have room for themselves and their children; none that ends the text.  A node may come with
+        guesses of what follows it, which come after it.
         """
         tree, ends = self.tree, self.sampler.ends
         room = self.capacity - len(tree) - len(tree.shadows)
-        chances = {
-            node: math.exp(tree.scores[node])
-            for node in range(len(tree))
-            if node not in self._forwarded
-            and (node == 0 or (tree.parents[node] in self._forwarded and tree.tokens[node] not in ends))
-            and tree.depths[node] < self.max_depth
-        }
+        most = min(most, room // (CHILDREN + 2))
+        opened: dict[int, Opening] = {}
+        for node in range(len(tree)):
+            parent = tree.parents[node]
+            if (
+                node not in self._forwarded
+                and (
+                    node == 0
+                    or ((parent in self._forwarded or parent in opened) and tree.tokens[node] not in ends)
+                )
+                and tree.depths[node] < self.max_depth
+            ):
+                reached = math.exp(tree.scores[node])
+                opened[node] = Opening(node, None, tree.tokens[node], tree.depths[node], reached, reached)
         for node in range(1, len(tree)):
-            if tree.parents[node] in chances:
-                chances[tree.parents[node]] -= math.exp(tree.scores[node])
-        chosen = sorted(chances, key=lambda node: (-chances[node], node))
-        chosen = chosen[: min(most, room // (CHILDREN + 1))]
-        return chosen, [max(chances[node], 0.0) for node in chosen]
+            above = opened.get(tree.parents[node])
+            if above is not None:
+                above.matters -= math.exp(tree.scores[node])
+                above.last = False
+        chosen = sorted(opened.values(), key=lambda one: (-one.reached, one.node))[:most]
+        for one in [one for one in chosen if one.last]:
+            chosen += self._guessed_below(one, most)
+        chosen = sorted(chosen, key=lambda one: -one.reached)[:most]  # stable: a node before its guesses
+        return chosen, [max(one.matters, 0.0) for one in chosen]
+
+    def _guessed_below(self, opening: Opening, most: int) -> list[Opening]:
+        """A chain of guesses of what follows a node."""
+        context = self._context(opening.node)
+        chain: list[Opening] = []
+        while len(chain) < most and opening.depth + 1 < self.max_depth:
+            found = self.recycled.guess(context)
+            if found is None or found.token in self.sampler.ends:
+                break
+            reached = found.chance * opening.reached
+            if reached < _LEAST_GUESS:
+                break
+            context.append(found.token)
+            opening = Opening(-1, opening, found.token, opening.depth + 1, reached, reached, found)
+            chain.append(opening)
+        return chain
+
+    def open(self, openings: Sequence[Opening]) -> list[int]:
+        """The nodes of some openings, each after its parent; guesses become nodes."""
+        for one in openings:
+            if one.node < 0:
+                assert one.above is not None
+                assert one.guess is not None
+                score = self.tree.scores[one.above.node] + math.log(max(one.guess.chance, 1e-6))
+                one.node = self.tree.add(one.token, one.above.node, score)
+                self._tried[one.node] = one.guess.kind
+        return [one.node for one in openings]
 
     def open_below(self, nodes: Sequence[int], most: int) -> list[int]:
         """The likeliest of some nodes, their ancestors among them, whose children could still be used."""
@@ -149,12 +216,24 @@ class Growth:
         Returns:
             For each node the probability of its likeliest child, given the node.
         """
-        likeliest = []
+        tree, likeliest = self.tree, []
         for node, guess in zip(nodes, self._guesses(nodes, logits, self.calibration, seconds), strict=True):
             self.guesses[node] = guess
+            if node in self._tried and math.exp(tree.scores[node]) < least_score:
+                continue  # a wrong guess
+            for child, kind in self._tried.items():
+                if tree.parents[child] == node:
+                    place = guess.place_of(tree.tokens[child])
+                    self.recycled.observe(kind, 0.0 if place is None else math.exp(guess.logs[place]))
+            if guess.tokens:
+                self.recycled.learn(self._context(node), guess.tokens[0])
             self._add_children(node, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         return likeliest
+
+    def _context(self, node: int) -> list[int]:
+        """The last tokens on the way to a node, its own the last."""
+        return [*self.recycled.tail, *self.tree.path_tokens(node)]
 
     def preview(
         self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, least_score: float
@@ -228,6 +307,7 @@ class Growth:
         """
         used_s = used_in_gaps_s = 0.0
         took = dict(zip(walk.nodes, walk.tokens, strict=True))
+        self.recycled.extend(walk.tokens)
         for node, calibration, foreseen in self.previewed:
             if node in took:
                 calibration.observe(foreseen.scores, foreseen.logs, foreseen.place_of(took[node]))
@@ -267,4 +347,6 @@ class Growth:
         following = tree.rerooted(kept, base) if kept else DraftTree.rooted(walk.tokens[-1], base)
         guesses = {i: self.guesses[node] for i, node in enumerate(kept) if node in self.guesses}
         slots = [tree.slot(node) for node in (*walk.nodes, *kept)]
-        return Growth(following, self.sampler, self.calibration, self.capacity, 0, guesses), slots
+        growth = Growth(following, self.sampler, self.calibration, self.capacity, 0, guesses)
+        growth.recycled = self.recycled
+        return growth, slots

@@ -1,0 +1,45 @@
+"""Guesses of what follows, against a search by definition."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspec.speculation.recycled import CONTEXT, Recycled
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=CONTEXT + 1))
+def test_a_guess_is_what_last_followed_the_longest_known_context(text: list[int], context: list[int]) -> None:
+    found = Recycled(text).guess(context)
+    for length in range(min(CONTEXT, len(context)), 0, -1):
+        ends = [i for i in range(length, len(text)) if text[i - length : i] == context[-length:]]
+        if ends:
+            assert found is not None
+            assert (found.token, found.kind) == (text[ends[-1]], CONTEXT - length)
+            return
+    assert found is None
+
+
+def test_what_drafts_say_is_learnt_too_and_the_text_has_the_last_word() -> None:
+    recycled = Recycled([1, 2, 3])
+    recycled.learn([1, 2], 9)
+    assert recycled.guess([7, 2]) == recycled.guess([2])
+    found = recycled.guess([1, 2])
+    assert found is not None
+    assert found.token == 9
+    recycled.extend([1, 2, 5])
+    found = recycled.guess([1, 2])
+    assert found is not None
+    assert found.token == 5
+    assert recycled.tail == [1, 2, 5]
+
+
+def test_chances_are_those_that_drafts_gave() -> None:
+    recycled = Recycled([1, 2, 3, 4])
+    for _ in range(200):
+        recycled.observe(0, 0.9)
+        recycled.observe(2, 0.1)
+    sure, unsure = recycled.guess([1, 2, 3]), recycled.guess([3])
+    assert sure is not None
+    assert unsure is not None
+    assert sure.chance == pytest.approx(0.9, abs=0.01)
+    assert unsure.chance == pytest.approx(0.1, abs=0.01)
