@@ -161,6 +161,7 @@ class Engine:
             for unit, chunk in zip(self.weights.head, self._chunks, strict=True)
         ]
         self.schedule.sweep([*steps, norm, *head], gap)
+        self._hidden_now = torch.empty(0)  # nobody looks at it any more, and a prompt's is large
         if self.timeline is not None:
             self.timeline.span("sweep", "sweep", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)

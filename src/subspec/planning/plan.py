@@ -30,11 +30,9 @@ __all__ = ["Plan", "Request", "make_plan", "plain_images"]
 STREAMED_TREE = TreeShape(depth=40, width=6, nodes=128, min_reach=0.05)
 REBUILT_TREE = TreeShape(depth=40, width=6, nodes=64, min_reach=0.2, min_score=0.04)
 RESIDENT_TREE = TreeShape(depth=12, width=4, nodes=24, min_reach=0.5)
-ROOMY_DEPTH = {
-    False: 56,
-    True: 40,
-}  # of trees that grow as they pay and in a sweep's gaps: by whether weights are rebuilt
-ROOMY_WIDTH = 12
+# Trees that grow as they pay, and in a sweep's gaps, are wider, and deeper where whole weights stream.
+ROOMY_STREAMED_TREE = replace(STREAMED_TREE, depth=56, width=12)
+ROOMY_REBUILT_TREE = replace(REBUILT_TREE, width=12)
 MOSTLY_PLAIN = 0.9  # share of the weights above which neither streaming nor rebuilding decides a sweep's time
 
 
@@ -209,9 +207,10 @@ def make_plan(
     plain = images.plain_bytes_of(len(small.plain_layers), small.plain_chunks)
     if plain >= MOSTLY_PLAIN * images.plain_bytes:
         return small
-    tree = REBUILT_TREE if images.rebuilt else STREAMED_TREE
-    if not request.pins_tree:
-        tree = replace(tree, depth=ROOMY_DEPTH[images.rebuilt], width=ROOMY_WIDTH)
+    if request.pins_tree:
+        tree = REBUILT_TREE if images.rebuilt else STREAMED_TREE
+    else:
+        tree = ROOMY_REBUILT_TREE if images.rebuilt else ROOMY_STREAMED_TREE
     try:
         return _spend(config, itemsize, small_bytes, request, tree, images, costs)
     except BudgetError:

@@ -95,7 +95,7 @@ class Growth:
     recycled: Recycled = field(default_factory=lambda: Recycled(()))
     previewed: list[tuple[int, Calibration, Guess]] = field(default_factory=list)
     _forwarded: set[int] = field(default_factory=set)
-    _tried: dict[int, int] = field(default_factory=dict)  # nodes that were guesses, and their kinds
+    _tried: dict[int, int] = field(default_factory=dict)  # guesses in the pass under way, and their kinds
 
     def __post_init__(self) -> None:
         self._forwarded |= set(self.guesses)
@@ -135,15 +135,9 @@ class Growth:
         most = min(most, room // (CHILDREN + 2))
         opened: dict[int, Opening] = {}
         for node in range(len(tree)):
-            parent = tree.parents[node]
-            if (
-                node not in self._forwarded
-                and (
-                    node == 0
-                    or ((parent in self._forwarded or parent in opened) and tree.tokens[node] not in ends)
-                )
-                and tree.depths[node] < self.max_depth
-            ):
+            parent, goes_on = tree.parents[node], tree.tokens[node] not in ends
+            attached = node == 0 or (goes_on and (parent in self._forwarded or parent in opened))
+            if node not in self._forwarded and attached and tree.depths[node] < self.max_depth:
                 reached = math.exp(tree.scores[node])
                 opened[node] = Opening(node, None, tree.tokens[node], tree.depths[node], reached, reached)
         for node in range(1, len(tree)):
@@ -214,7 +208,7 @@ class Growth:
             least_score: children less likely to be reached than this are left out, but for the likeliest.
 
         Returns:
-            For each node the probability of its likeliest child, given the node.
+            For each node but wrong guesses the probability of its likeliest child, given the node.
         """
         tree, likeliest = self.tree, []
         for node, guess in zip(nodes, self._guesses(nodes, logits, self.calibration, seconds), strict=True):
@@ -229,6 +223,7 @@ class Growth:
                 self.recycled.learn(self._context(node), guess.tokens[0])
             self._add_children(node, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
+        self._tried.clear()
         return likeliest
 
     def _context(self, node: int) -> list[int]:
