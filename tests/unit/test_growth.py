@@ -3,6 +3,7 @@
 import math
 import random
 
+import pytest
 import torch
 
 from subspec.speculation.calibration import Calibration
@@ -18,7 +19,7 @@ END, VOCABULARY = 7, 20
 def grown(ends: tuple[int, ...]) -> Growth:
     """A tree whose root is likeliest followed by the end token, then by 3."""
     sampler = Sampler(SamplingParams(), [1], ends=ends)
-    growth = Growth(DraftTree.rooted(1, 10), sampler, Calibration(), 100, 8)
+    growth = Growth(DraftTree.rooted(1, 10), sampler, Calibration(), 100, 8, 100)
     assert forwarded(growth, 4) == [0]
     logits = torch.zeros(1, VOCABULARY)
     logits[0, END], logits[0, 3] = 5.0, 4.0
@@ -40,8 +41,37 @@ def test_the_likeliest_child_is_not_forwarded_if_it_ends_the_text() -> None:
     tokens = [one.token for one in openings]
     assert tokens[0] == 3
     assert END not in tokens
-    assert END in growth.tree.tokens  # it is verified like any other
+    assert END in growth.tree.tokens  # it is there to tell how probable the end is
     assert chances == sorted(chances, reverse=True)
+
+
+def test_an_end_is_worth_something_after_its_parent_and_is_not_verified() -> None:
+    growth = grown((END,))
+    tree = growth.tree
+    nodes = growth.likeliest()
+    assert END not in [tree.tokens[node] for node in nodes]
+    assert len(nodes) == len(tree) - 1
+    reached = [math.exp(tree.scores[node]) for node in nodes]
+    assert growth.worth() == reached == sorted(reached, reverse=True)
+    end = math.exp(tree.scores[tree.children_of(0)[END]])
+    assert end > 0.5
+    assert growth.worth(10.0) == [pytest.approx(reached[0] + 10 * end), *reached[1:]]
+    assert len(grown(()).likeliest()) == len(tree), "where nothing ends the text, it is a node like others"
+
+
+@pytest.mark.parametrize("remaining", [2, 3])
+def test_the_token_that_fills_the_text_is_worth_more(remaining: int) -> None:
+    growth = grown(())
+    growth.remaining = remaining
+    fills = remaining == 2  # the children of the root, with the target's token after them
+    reached, worth = growth.worth(), growth.worth(10.0)
+    assert worth[0] == reached[0] == 1
+    assert worth[1:] == pytest.approx([(11 if fills else 1) * score for score in reached[1:]])
+    openings = growth.frontier(4)[0]
+    assert [growth.levels_left(one) for one in openings] == [1] * len(openings)
+    assert fills == (not openings), "nothing is drafted that the text has no room for"
+    growth.remaining = 100
+    assert growth.levels_left(growth.frontier(4)[0][0]) is None, "the tree is not deep enough to fill it"
 
 
 def test_it_is_if_the_text_goes_on() -> None:
@@ -52,14 +82,14 @@ def test_it_is_if_the_text_goes_on() -> None:
 def test_a_proposed_chain_ends_there() -> None:
     for ends, expected in (((END,), [1, 2, END]), ((), [1, 2, END, 4])):
         sampler = Sampler(SamplingParams(), [1], ends=ends)
-        growth = Growth(DraftTree.rooted(1, 10), sampler, Calibration(), 100, 8)
+        growth = Growth(DraftTree.rooted(1, 10), sampler, Calibration(), 100, 8, 100)
         growth.propose([2, END, 4], [0.9, 0.9, 0.9], 0.01)
         assert growth.tree.tokens == expected
 
 
 def test_a_root_is_drafted_whatever_it_is() -> None:
     sampler = Sampler(SamplingParams(), [END], ends=(END,))
-    growth = Growth(DraftTree.rooted(END, 10), sampler, Calibration(), 100, 8)
+    growth = Growth(DraftTree.rooted(END, 10), sampler, Calibration(), 100, 8, 100)
     assert [one.node for one in growth.frontier(4)[0]] == [0]
 
 
@@ -115,14 +145,14 @@ def test_only_nodes_whose_children_could_be_used_are_previewed() -> None:
     found = growth.open_below(nodes, 100)
     assert [growth.tree.tokens[node] for node in nodes if node not in found] == [END]
     assert growth.open_below(nodes, 2) == [0, growth.tree.children_of(0)[3]]
-    growth.max_depth = 1
+    growth.remaining = 2
     assert growth.open_below(nodes, 100) == [0]
 
 
 def guessing(text: list[int], ends: tuple[int, ...] = (), depth: int = 8) -> Growth:
     """A tree of the text's last token, with what the text tells of successors."""
     sampler = Sampler(SamplingParams(), [1], ends=ends)
-    growth = Growth(DraftTree.rooted(text[-1], 10), sampler, Calibration(), 100, depth)
+    growth = Growth(DraftTree.rooted(text[-1], 10), sampler, Calibration(), 100, depth, 100)
     growth.recycled = Recycled(text)
     return growth
 

@@ -172,6 +172,27 @@ def test_noise_is_standard_gumbel_and_independent() -> None:
     assert np.abs(correlation).max() < 0.4  # six standard deviations
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 0.05, 0.8, 3.0, 1e6])
+@pytest.mark.parametrize("kind", ["random", "sure", "tied", "masked", "infinite", "no numbers"])
+def test_leaving_out_noise_that_cannot_matter_leaves_the_choice(kind: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    vocabulary, params = 20_000, SamplingParams(temperature=temperature, seed=11)
+    for place in range(20):
+        logits = 3 * torch.randn(vocabulary, generator=generator)
+        if kind == "sure":
+            logits[place] = 40.0
+        elif kind == "tied":
+            logits = logits.round()
+        elif kind == "masked":
+            logits[logits < 6] = -torch.inf
+        elif kind == "infinite":
+            logits[[9, 5]] = torch.inf
+        elif kind == "no numbers":
+            logits[[9, 5]] = torch.nan
+        everything = logits / temperature + gumbel_noise(11, place, vocabulary)
+        assert Sampler(params, []).choose(logits, place) == int(everything.argmax())
+
+
 def test_the_draft_ranks_its_guesses_under_the_targets_noise() -> None:
     logits = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(5))
     for name, params in FILTERS.items():

@@ -60,7 +60,7 @@ class Speculator(Learner):
         self.policy.begin()
         calibration = self.calibrations[sampler.params.samples]
         root = DraftTree.rooted(prompt[-1], len(prompt) - 1)
-        growth = Growth(root, sampler, calibration, self.capacity, 0)
+        growth = Growth(root, sampler, calibration, self.capacity, self.policy.depth)
         growth.recycled = Recycled(prompt)
         ngrams = NgramGuesser(self._ngrams, prompt)
         return Speculation(self.policy, passes, growth, ngrams, self._previews[sampler.params.samples])
@@ -93,7 +93,7 @@ class Speculation:
         """
         policy, passes, growth = self._policy, self._passes, self._growth
         start, before = time.perf_counter(), passes.counters()
-        growth.max_depth = min(policy.depth, remaining - 1)
+        growth.remaining = remaining
         early = remaining > 1 and len(rows) <= MOST_PROMPT_ROWS and policy.read_prompt(len(rows))
         early_s = 0.0
         if early:
@@ -140,12 +140,13 @@ class Speculation:
     def step(self, remaining: int, timeline: Timeline | None) -> Commit:
         """Draft, verify and commit once: at least one token, no more than ``remaining``."""
         policy, passes, growth = self._policy, self._passes, self._growth
-        growth.max_depth = min(policy.depth, remaining - 1)
+        growth.remaining = remaining
         start, before = time.perf_counter(), passes.counters()
         growth.propose(*self._ngrams.chain(growth.max_depth), policy.least_score)
         self._grow(start)
         drafting_s = time.perf_counter() - start
-        nodes = growth.usable(policy.verify(growth.scores(), drafting_s))
+        worth = growth.worth(policy.ending)
+        nodes = sorted(growth.likeliest()[: policy.verify(worth, drafting_s)])
         drafted = len(growth.tree)
         gaps = self._sweeping(nodes, 0, drafting_s)
         logits = passes.target(growth.tree.rows(nodes), last_only=False, gap=gaps.advance)  # (N, V)
@@ -196,8 +197,10 @@ class Speculation:
         growth, policy = self._growth, self._policy
         while True:
             openings, chances = growth.frontier(policy.width)
+            for place, one in enumerate(openings):
+                chances[place] += policy.nearing_end(one.reached, growth.levels_left(one))
             spent_s = time.perf_counter() - start
-            count = policy.widen(chances, growth.scores(), spent_s)
+            count = policy.widen(chances, growth.worth(policy.ending), spent_s)
             if count == 0:
                 return
             nodes = growth.open(openings[:count])

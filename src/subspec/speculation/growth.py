@@ -17,13 +17,13 @@ import torch
 
 from subspec.models.decoder import Rows
 from subspec.speculation.calibration import CANDIDATES, Calibration
-from subspec.speculation.recycled import Recycled, Successor
+from subspec.speculation.frontier import Opening, context_of, frontier
+from subspec.speculation.recycled import Recycled
 from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 from subspec.speculation.verify import Walk
 
 CHILDREN = 6  # most children of a node
-_LEAST_GUESS = 0.05  # guesses less likely to be reached than this are not tried
 _TIE = 0.05  # what being equal to a token of lower number costs: bf16 logits are often equal
 
 
@@ -49,36 +49,14 @@ class Guess:
 
 
 @dataclass
-class Opening:
-    """A node that may be forwarded, or a guess that would become one.
-
-    Attributes:
-        node: its number; −1 as long as it is none.
-        above: of a guess, the opening that it follows.
-        token, depth: of the node.
-        reached: the probability that the target gets there; ``matters``: and to no child that is known.
-        guess: what it was guessed from.
-        last: whether it has no children.
-    """
-
-    node: int
-    above: "Opening | None"
-    token: int
-    depth: int
-    reached: float
-    matters: float
-    guess: Successor | None = None
-    last: bool = True
-
-
-@dataclass
 class Growth:
     """A tree under way.
 
     Attributes:
         tree: its nodes; the root is drafted like any other.
         capacity: most slots: nodes and shadows.
-        max_depth: nodes at this depth are not forwarded, their children could not be used.
+        deepest: most levels.
+        remaining: tokens that are wanted of the text.
         guesses: of the nodes forwarded so far.
         verified: nodes in the sweep under way; empty while there is none.
         recycled: guesses that draft passes try.
@@ -89,7 +67,8 @@ class Growth:
     sampler: Sampler
     calibration: Calibration
     capacity: int
-    max_depth: int
+    deepest: int
+    remaining: int = 1
     guesses: dict[int, Guess] = field(default_factory=dict)
     verified: frozenset[int] = frozenset()
     recycled: Recycled = field(default_factory=lambda: Recycled(()))
@@ -100,9 +79,42 @@ class Growth:
     def __post_init__(self) -> None:
         self._forwarded |= set(self.guesses)
 
-    def scores(self) -> list[float]:
-        """Probabilities of all nodes to be reached, falling: the root's 1 first."""
-        return sorted(map(math.exp, self.tree.scores), reverse=True)
+    @property
+    def max_depth(self) -> int:
+        """Nodes at this depth are not forwarded, their children could not be used."""
+        return min(self.deepest, self.remaining - 1)
+
+    def levels_left(self, opening: Opening) -> int | None:
+        """Levels to draft below a node until a walk can fill the text; None if that is too deep."""
+        return self.remaining - 1 - opening.depth if self.remaining - 1 <= self.deepest else None
+
+    def worth(self, ending: float = 0.0) -> list[float]:
+        """The tokens to expect of verifying each of ``likeliest``, in its order.
+
+        Args:
+            ending: what it is worth, in tokens, that the text ends with the step.
+        """
+        tree, full = self.tree, self.remaining - 1
+        reached = [math.exp(score) for score in tree.scores]
+        ends = [0.0] * len(tree)  # probabilities that the text ends with the target's token after a node
+        for node in range(1, len(tree)):
+            if tree.depths[node] == full:
+                ends[node] = reached[node]
+            elif tree.tokens[node] in self.sampler.ends:
+                ends[tree.parents[node]] += reached[node]
+        return [reached[node] + ending * ends[node] for node in self.likeliest()]
+
+    def likeliest(self) -> list[int]:
+        """The nodes that the text may go on from, likeliest first, each after its parent: to be verified.
+
+        One that ends the text is not worth it: the target says so after its parent.
+        """
+        tree = self.tree
+        ends, deepest = self.sampler.ends, self.max_depth
+        going_on = (
+            n for n in range(1, len(tree)) if tree.depths[n] <= deepest and tree.tokens[n] not in ends
+        )
+        return sorted([0, *going_on], key=lambda node: (-tree.scores[node], node))
 
     def propose(self, tokens: Sequence[int], chances: Sequence[float], least_score: float) -> None:
         """Add a chain of guessed tokens below the root, as far as it is likely enough.
@@ -126,46 +138,13 @@ class Growth:
     def frontier(self, most: int) -> tuple[list[Opening], list[float]]:
         """What to forward next, likeliest first, and the probabilities that it matters.
 
-        Those are of reaching a node and no child that is guessed already.  At most ``most`` nodes, and no
-        more than have room for themselves and their children; none that ends the text.  A node may come with
-        guesses of what follows it, which come after it.
+        At most ``most`` nodes, and no more than have room for themselves and their children.
         """
-        tree, ends = self.tree, self.sampler.ends
-        room = self.capacity - len(tree) - len(tree.shadows)
+        room = self.capacity - len(self.tree) - len(self.tree.shadows)
         most = min(most, room // (CHILDREN + 2))
-        opened: dict[int, Opening] = {}
-        for node in range(len(tree)):
-            parent, goes_on = tree.parents[node], tree.tokens[node] not in ends
-            attached = node == 0 or (goes_on and (parent in self._forwarded or parent in opened))
-            if node not in self._forwarded and attached and tree.depths[node] < self.max_depth:
-                reached = math.exp(tree.scores[node])
-                opened[node] = Opening(node, None, tree.tokens[node], tree.depths[node], reached, reached)
-        for node in range(1, len(tree)):
-            above = opened.get(tree.parents[node])
-            if above is not None:
-                above.matters -= math.exp(tree.scores[node])
-                above.last = False
-        chosen = sorted(opened.values(), key=lambda one: (-one.reached, one.node))[:most]
-        for one in [one for one in chosen if one.last]:
-            chosen += self._guessed_below(one, most)
-        chosen = sorted(chosen, key=lambda one: -one.reached)[:most]  # stable: a node before its guesses
+        ends, deepest = self.sampler.ends, self.max_depth
+        chosen = frontier(self.tree, self._forwarded, self.recycled, most, ends=ends, max_depth=deepest)
         return chosen, [max(one.matters, 0.0) for one in chosen]
-
-    def _guessed_below(self, opening: Opening, most: int) -> list[Opening]:
-        """A chain of guesses of what follows a node."""
-        context = self._context(opening.node)
-        chain: list[Opening] = []
-        while len(chain) < most and opening.depth + 1 < self.max_depth:
-            found = self.recycled.guess(context)
-            if found is None or found.token in self.sampler.ends:
-                break
-            reached = found.chance * opening.reached
-            if reached < _LEAST_GUESS:
-                break
-            context.append(found.token)
-            opening = Opening(-1, opening, found.token, opening.depth + 1, reached, reached, found)
-            chain.append(opening)
-        return chain
 
     def open(self, openings: Sequence[Opening]) -> list[int]:
         """The nodes of some openings, each after its parent; guesses become nodes."""
@@ -220,15 +199,11 @@ class Growth:
                     place = guess.place_of(tree.tokens[child])
                     self.recycled.observe(kind, 0.0 if place is None else math.exp(guess.logs[place]))
             if guess.tokens:
-                self.recycled.learn(self._context(node), guess.tokens[0])
+                self.recycled.learn(context_of(self.tree, node, self.recycled), guess.tokens[0])
             self._add_children(node, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         self._tried.clear()
         return likeliest
-
-    def _context(self, node: int) -> list[int]:
-        """The last tokens on the way to a node, its own the last."""
-        return [*self.recycled.tail, *self.tree.path_tokens(node)]
 
     def preview(
         self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, least_score: float
@@ -321,11 +296,6 @@ class Growth:
         """The node that is the walk's bonus token, if the tree has it."""
         return self.tree.children_of(walk.nodes[-1]).get(walk.tokens[-1])
 
-    def usable(self, count: int) -> list[int]:
-        """The root and the ``count`` − 1 likeliest nodes whose tokens there is still room for, in order."""
-        deepest = self.max_depth
-        return [node for node in self.tree.best(count) if self.tree.depths[node] <= deepest]
-
     def continue_from(self, walk: Walk, top: int | None) -> tuple["Growth", list[int]]:
         """The growth of the next step.
 
@@ -342,6 +312,8 @@ class Growth:
         following = tree.rerooted(kept, base) if kept else DraftTree.rooted(walk.tokens[-1], base)
         guesses = {i: self.guesses[node] for i, node in enumerate(kept) if node in self.guesses}
         slots = [tree.slot(node) for node in (*walk.nodes, *kept)]
-        growth = Growth(following, self.sampler, self.calibration, self.capacity, 0, guesses)
+        growth = Growth(
+            following, self.sampler, self.calibration, self.capacity, self.deepest, guesses=guesses
+        )
         growth.recycled = self.recycled
         return growth, slots

@@ -5,8 +5,9 @@ Decoding is a renewal process: each step costs seconds and commits tokens, and t
 the steps just done.  A node brings the probability that the target walks through it; what it costs,
 ``times.StepTimes`` predicts: rows are free while the link is the slower one, except that they take away
 from drafting in the gaps; drafting is free while it fits the prefetching.  If not even one pass pays, a step
-is plain.  Plain numbers, no tensors.  Source: renewal reward, e.g. Ross, Stochastic Processes, section 3.6;
-the ratio's fixed point is Dinkelbach's (1967).
+is plain.  The token that ends a text is worth more than others, as it saves a step.  Plain numbers, no
+tensors.  Source: renewal reward, e.g. Ross, Stochastic Processes, section 3.6; the ratio's fixed point is
+Dinkelbach's (1967).
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ READING_SHARE = 0.33  # of a prompt's gaps: more is not spent to have them at al
 _FORGET = 0.85  # of tokens and seconds, a step
 _FORGET_AGREEMENT = 0.97
 _FORGET_GAP = 0.9
+_ENDING_SHARE = 0.5  # of a plain step: nearest to the best decisions where those can be computed
 _LEAST_SCORE = 0.004  # nodes less likely than this are not even kept
 _TRY_AGAIN = (8, 64)  # plain steps between trials whether drafting pays by now: the first pause, the longest
 
@@ -56,6 +58,23 @@ class Policy:
         return best
 
     @property
+    def ending(self) -> float:
+        """What it is worth, in tokens, that a step ends the text: a part of what another would take."""
+        return _ENDING_SHARE * self.rate * self.times.step_s(0.0, 1)
+
+    def nearing_end(self, reached: float, levels: int | None) -> float:
+        """What a draft pass over a node is worth, in tokens, for bringing the text nearer to its end.
+
+        Args:
+            reached: the node's probability.
+            levels: to draft below it until a walk can fill the text, of which the pass is one; None if the
+                tree does not get there.
+        """
+        if not levels:
+            return 0.0
+        return self.ending * reached * self.agreement ** (levels - 1) / levels
+
+    @property
     def least_score(self) -> float:
         """Nodes less likely to be reached than this are not worth keeping."""
         return max(_LEAST_SCORE, 0.5 * self.gap_value * self.rate * self.times.sweep.row_s)
@@ -86,7 +105,8 @@ class Policy:
         """How many of the likeliest nodes to verify.
 
         Args:
-            scores: probabilities of the nodes to be reached, the root's 1 first, falling.
+            scores: tokens to expect of the nodes, likeliest first: their probabilities to be reached, the
+                root's 1 first, and what it is worth that the text ends there.
             drafting_s: what the step has drafted.
         """
         best, best_value, value, rate = 1, 0.0, 0.0, self.rate
@@ -100,8 +120,8 @@ class Policy:
         """How many of the likeliest undrafted nodes to forward now; 0: draft no more.
 
         Args:
-            frontier: their probabilities, falling.
-            scores: of all nodes, falling, the root's 1 first.
+            frontier: their probabilities, and what ``nearing_end`` adds.
+            scores: of all nodes, as for ``verify``.
             drafting_s: what the step has drafted so far.
         """
         rows = self.verify(scores, drafting_s)

@@ -110,12 +110,12 @@ class Sampler:
         self.draft_temperature = draft_temperature
         self._candidates = candidates
         self._seen = set(context)
-        self._noise: dict[int, torch.Tensor] = {}
+        self._uniform: dict[int, np.ndarray] = {}  # what the noise of a position is made from
 
     def observe(self, tokens: Sequence[int], position: int) -> None:
         """Tokens were committed; noise of positions before ``position`` is forgotten."""
         self._seen.update(tokens)
-        self._noise = {place: row for place, row in self._noise.items() if place >= position}
+        self._uniform = {place: row for place, row in self._uniform.items() if place >= position}
 
     def choose(self, logits: torch.Tensor, position: int, path: Sequence[int] = ()) -> int:
         """The target's token at ``position``.
@@ -129,9 +129,8 @@ class Sampler:
         if not self.params.samples:
             return int(row.argmax())
         kept, tokens = keep(row / self.params.divisor, self.params)
-        noise = self._noise_at(position, logits.shape[-1])
-        scores = kept + (noise if tokens is None else noise[tokens])
-        best = int(scores.argmax())
+        uniform = self._uniform_at(position, logits.shape[-1])
+        best = _likeliest_under_noise(kept, uniform if tokens is None else uniform[tokens.numpy()])
         return best if tokens is None else int(tokens[best])
 
     def chooser(self, logits: torch.Tensor) -> Callable[[int, int, Sequence[int]], int]:
@@ -158,10 +157,10 @@ class Sampler:
             weakened = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
             logits = torch.stack(weakened)
         if self.params.samples:
-            rows = [self._noise_at(position, vocabulary) for position in positions]
+            rows = [self._uniform_at(position, vocabulary) for position in positions]
 
             def noise(tokens: torch.Tensor) -> torch.Tensor:
-                return torch.stack([row[chosen] for row, chosen in zip(rows, tokens, strict=True)])
+                return gumbel(np.stack([row[own] for row, own in zip(rows, tokens.numpy(), strict=True)]))
 
         return rank(logits, noise if self.params.samples else None, self.params, count, self._candidates)
 
@@ -196,11 +195,11 @@ class Sampler:
         seen = torch.tensor(sorted(self._seen.union(path)))
         return row.index_copy(0, seen, _weakened(row[seen], self.params.repetition_penalty))
 
-    def _noise_at(self, position: int, vocabulary: int) -> torch.Tensor:
-        """Gumbel noise (V,) of a position; the same for a seed and position whenever asked."""
-        row = self._noise.get(position)
+    def _uniform_at(self, position: int, vocabulary: int) -> np.ndarray:
+        """What a position's noise is made from, (V,); the same for a seed and position whenever asked."""
+        row = self._uniform.get(position)
         if row is None:
-            row = self._noise[position] = gumbel_noise(self.params.seed, position, vocabulary)
+            row = self._uniform[position] = _uniform(self.params.seed, position, vocabulary)
         return row
 
 
@@ -261,9 +260,31 @@ def _weakened(values: torch.Tensor, penalty: float) -> torch.Tensor:
 
 def gumbel_noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
     """Standard Gumbel noise (V,) in fp32 from a counter-based generator keyed by seed and position."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
-    uniform = np.minimum(generator.random(vocabulary) + 2.0**-54, 1 - 2.0**-53)  # strictly inside (0, 1)
+    return gumbel(_uniform(seed, position, vocabulary))
+
+
+def gumbel(uniform: np.ndarray) -> torch.Tensor:
+    """Standard Gumbel noise in fp32 from uniform numbers (fp64, inside (0, 1)); rises with them."""
     return torch.from_numpy(-np.log(-np.log(uniform))).float()
+
+
+def _uniform(seed: int, position: int, vocabulary: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
+    return np.minimum(generator.random(vocabulary) + 2.0**-54, 1 - 2.0**-53)  # strictly inside (0, 1)
+
+
+def _likeliest_under_noise(row: torch.Tensor, uniform: np.ndarray) -> int:
+    """The argmax of logits (V,) plus noise, of which only what may matter is computed.
+
+    A token wins only if its logit with the largest noise of all is above the likeliest token with its own.
+    """
+    first = int(row.argmax())
+    highest = float(row[first] + gumbel(uniform[[first]])[0])
+    rounding = 1e-3 + 1e-6 * abs(highest)
+    contenders = (row >= highest - rounding - float(gumbel(uniform.max(keepdims=True))[0])).nonzero()[:, 0]
+    if len(contenders) == 0:  # not a number
+        return int((row + gumbel(uniform)).argmax())
+    return int(contenders[(row[contenders] + gumbel(uniform[contenders.numpy()])).argmax()])
 
 
 def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
