@@ -190,7 +190,7 @@ def test_what_a_text_took_counts_for_the_next_guess_and_goes_over_to_the_next_tr
     walk = Walk([0], [9])
     growth.learn(walk)
     following, _ = growth.continue_from(walk, None)
-    found = following.recycled.guess([3, 1])
+    found = following.recycled.guess([3, 1], lambda tokens: [0.0] * len(tokens))
     assert found is not None
     assert found.token == 9
 

@@ -1,5 +1,7 @@
 """Guesses of what follows, against a search by definition."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,9 +9,14 @@ from hypothesis import strategies as st
 from subspec.speculation.recycled import CONTEXT, Recycled
 
 
+def silent(tokens: Sequence[int]) -> list[float]:
+    """No noise."""
+    return [0.0] * len(tokens)
+
+
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=CONTEXT + 1))
 def test_a_guess_is_what_last_followed_the_longest_known_context(text: list[int], context: list[int]) -> None:
-    found = Recycled(text).guess(context)
+    found = Recycled(text).guess(context, silent)
     for length in range(min(CONTEXT, len(context)), 0, -1):
         ends = [i for i in range(length, len(text)) if text[i - length : i] == context[-length:]]
         if ends:
@@ -21,16 +28,32 @@ def test_a_guess_is_what_last_followed_the_longest_known_context(text: list[int]
 
 def test_what_drafts_say_is_learnt_too_and_the_text_has_the_last_word() -> None:
     recycled = Recycled([1, 2, 3])
-    recycled.learn([1, 2], 9)
-    assert recycled.guess([7, 2]) == recycled.guess([2])
-    found = recycled.guess([1, 2])
+    recycled.learn([1, 2], [9], [0.0])
+    assert recycled.guess([7, 2], silent) == recycled.guess([2], silent)
+    found = recycled.guess([1, 2], silent)
     assert found is not None
     assert found.token == 9
     recycled.extend([1, 2, 5])
-    found = recycled.guess([1, 2])
+    found = recycled.guess([1, 2], silent)
     assert found is not None
     assert found.token == 5
     assert recycled.tail == [1, 2, 5]
+
+
+def test_where_tokens_are_drawn_the_noise_of_the_place_chooses_among_the_candidates() -> None:
+    recycled = Recycled([1, 2])
+    recycled.learn([1, 2], [9, 8, 7], [3.0, 2.0, 0.0])
+
+    def drawn(**noise: float) -> int:
+        found = recycled.guess([1, 2], lambda tokens: [noise.get(f"of_{token}", 0.0) for token in tokens])
+        assert found is not None
+        return found.token
+
+    assert (drawn(), drawn(of_8=1.5), drawn(of_7=3.5), drawn(of_7=2.5)) == (9, 8, 7, 9)
+    recycled.extend([8])
+    assert drawn() == 9, "the text took another candidate, by the noise of its place"
+    recycled.extend([1, 2, 5])
+    assert drawn(of_9=9.0) == 5, "the text took none of them"
 
 
 def test_chances_are_those_that_drafts_gave() -> None:
@@ -38,7 +61,7 @@ def test_chances_are_those_that_drafts_gave() -> None:
     for _ in range(200):
         recycled.observe(0, 0.9)
         recycled.observe(2, 0.1)
-    sure, unsure = recycled.guess([1, 2, 3]), recycled.guess([3])
+    sure, unsure = recycled.guess([1, 2, 3], silent), recycled.guess([3], silent)
     assert sure is not None
     assert unsure is not None
     assert sure.chance == pytest.approx(0.9, abs=0.01)

@@ -8,8 +8,10 @@ probability that the target gets there.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 from subspec.speculation.recycled import Recycled, Successor
+from subspec.speculation.sampling import Sampler
 from subspec.speculation.tree import DraftTree
 
 _LEAST_GUESS = 0.05  # guesses less likely to be reached than this are not tried
@@ -42,9 +44,8 @@ def frontier(
     tree: DraftTree,
     forwarded: Collection[int],
     recycled: Recycled,
+    sampler: Sampler,
     most: int,
-    *,
-    ends: Collection[int],
     max_depth: int,
 ) -> list[Opening]:
     """At most ``most`` nodes to forward, likeliest first; none that ends the text.
@@ -53,11 +54,12 @@ def frontier(
         tree: the nodes; a node may be opened if its parent was forwarded, or is opened before it.
         forwarded: those that were.
         recycled: guesses of what follows a node, which come after it.
+        sampler: knows the noise that guesses will meet, and the tokens that nothing follows.
         most: nodes and guesses.
-        ends: tokens that nothing follows.
         max_depth: nodes at this depth are not forwarded.
     """
     opened: dict[int, Opening] = {}
+    ends = sampler.ends
     for node in range(len(tree)):
         parent, goes_on = tree.parents[node], tree.tokens[node] not in ends
         attached = node == 0 or (goes_on and (parent in forwarded or parent in opened))
@@ -71,8 +73,7 @@ def frontier(
             above.last = False
     chosen = sorted(opened.values(), key=lambda one: (-one.reached, one.node))[:most]
     for one in [one for one in chosen if one.last]:
-        context = context_of(tree, one.node, recycled)
-        chosen += _guessed_below(one, context, recycled, most, ends=ends, max_depth=max_depth)
+        chosen += _guessed_below(one, tree, recycled, sampler, min(most, max_depth - 1 - one.depth))
     return sorted(chosen, key=lambda one: -one.reached)[:most]  # stable: a node before its guesses
 
 
@@ -82,19 +83,15 @@ def context_of(tree: DraftTree, node: int, recycled: Recycled) -> list[int]:
 
 
 def _guessed_below(
-    opening: Opening,
-    context: list[int],
-    recycled: Recycled,
-    most: int,
-    *,
-    ends: Collection[int],
-    max_depth: int,
+    opening: Opening, tree: DraftTree, recycled: Recycled, sampler: Sampler, most: int
 ) -> list[Opening]:
-    """A chain of guesses of what follows a node whose way ends with ``context``."""
+    """A chain of at most ``most`` guesses of what follows a node."""
+    context = context_of(tree, opening.node, recycled)
     chain: list[Opening] = []
-    while len(chain) < most and opening.depth + 1 < max_depth:
-        found = recycled.guess(context)
-        if found is None or found.token in ends:
+    while len(chain) < most:
+        noise = partial(sampler.noise_of, position=tree.base + opening.depth + 1)
+        found = recycled.guess(context, noise)
+        if found is None or found.token in sampler.ends:
             break
         reached = found.chance * opening.reached
         if reached < _LEAST_GUESS:

@@ -142,8 +142,7 @@ class Growth:
         """
         room = self.capacity - len(self.tree) - len(self.tree.shadows)
         most = min(most, room // (CHILDREN + 2))
-        ends, deepest = self.sampler.ends, self.max_depth
-        chosen = frontier(self.tree, self._forwarded, self.recycled, most, ends=ends, max_depth=deepest)
+        chosen = frontier(self.tree, self._forwarded, self.recycled, self.sampler, most, self.max_depth)
         return chosen, [max(one.matters, 0.0) for one in chosen]
 
     def open(self, openings: Sequence[Opening]) -> list[int]:
@@ -199,11 +198,20 @@ class Growth:
                     place = guess.place_of(tree.tokens[child])
                     self.recycled.observe(kind, 0.0 if place is None else math.exp(guess.logs[place]))
             if guess.tokens:
-                self.recycled.learn(context_of(self.tree, node, self.recycled), guess.tokens[0])
+                self._recycle(node, guess)
             self._add_children(node, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         self._tried.clear()
         return likeliest
+
+    def _recycle(self, node: int, guess: Guess) -> None:
+        """A later pass may try what this one said."""
+        tokens, scores = guess.tokens[:1], [0.0]
+        if self.sampler.params.samples:
+            tokens = guess.tokens
+            noise = self.sampler.noise_of(tokens, self.tree.base + self.tree.depths[node] + 1)
+            scores = [score - one for score, one in zip(guess.scores.tolist(), noise, strict=False)]
+        self.recycled.learn(context_of(self.tree, node, self.recycled), tokens, scores)
 
     def preview(
         self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, least_score: float

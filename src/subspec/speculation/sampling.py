@@ -111,6 +111,7 @@ class Sampler:
         self._candidates = candidates
         self._seen = set(context)
         self._uniform: dict[int, np.ndarray] = {}  # what the noise of a position is made from
+        self._vocabulary = 0  # size, once logits were seen
 
     def observe(self, tokens: Sequence[int], position: int) -> None:
         """Tokens were committed; noise of positions before ``position`` is forgotten."""
@@ -129,7 +130,8 @@ class Sampler:
         if not self.params.samples:
             return int(row.argmax())
         kept, tokens = keep(row / self.params.divisor, self.params)
-        uniform = self._uniform_at(position, logits.shape[-1])
+        self._vocabulary = logits.shape[-1]
+        uniform = self._uniform_at(position)
         best = _likeliest_under_noise(kept, uniform if tokens is None else uniform[tokens.numpy()])
         return best if tokens is None else int(tokens[best])
 
@@ -152,12 +154,12 @@ class Sampler:
             Tokens (T, K) int64 and scores (T, K) fp32, best first, K at most ``count``: penalized logits,
             divided by the temperature and perturbed where tokens are drawn; −∞ where a row has fewer.
         """
-        vocabulary = logits.shape[-1]
+        self._vocabulary = logits.shape[-1]
         if self.params.repetition_penalty != 1.0:
             weakened = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
             logits = torch.stack(weakened)
         if self.params.samples:
-            rows = [self._uniform_at(position, vocabulary) for position in positions]
+            rows = [self._uniform_at(position) for position in positions]
 
             def noise(tokens: torch.Tensor) -> torch.Tensor:
                 return gumbel(np.stack([row[own] for row, own in zip(rows, tokens.numpy(), strict=True)]))
@@ -188,6 +190,10 @@ class Sampler:
             [row[:count] for row, count in zip(logs.tolist(), known, strict=True)],
         )
 
+    def noise_of(self, tokens: Sequence[int], position: int) -> list[float]:
+        """The noise that some tokens, of those that ``candidates`` gave, have at ``position``."""
+        return gumbel(self._uniform_at(position)[list(tokens)]).tolist()
+
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""
         if self.params.repetition_penalty == 1.0:
@@ -195,11 +201,11 @@ class Sampler:
         seen = torch.tensor(sorted(self._seen.union(path)))
         return row.index_copy(0, seen, _weakened(row[seen], self.params.repetition_penalty))
 
-    def _uniform_at(self, position: int, vocabulary: int) -> np.ndarray:
+    def _uniform_at(self, position: int) -> np.ndarray:
         """What a position's noise is made from, (V,); the same for a seed and position whenever asked."""
         row = self._uniform.get(position)
         if row is None:
-            row = self._uniform[position] = _uniform(self.params.seed, position, vocabulary)
+            row = self._uniform[position] = _uniform(self.params.seed, position, self._vocabulary)
         return row
 
 
