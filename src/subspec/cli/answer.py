@@ -31,7 +31,7 @@ def summary_line(result: "Result", budgets: str) -> str:
         parts.append(f"acceptance length {statistics.acceptance_length:.1f}")
     parts.append(f"streamed {format_size(statistics.streamed_bytes)}")
     parts.append(f"prefill {statistics.prefill_s:.1f} s")
-    parts.append(f"peak {format_size(peak_memory_bytes())} (budget {budgets})")
+    parts.append(f"peak of the process {format_size(peak_memory_bytes())} (budget of the engine {budgets})")
     if result.finish_reason in ("length", "context"):
         parts.append(f"cut off by the {result.finish_reason} limit")
     return " · ".join(parts)

@@ -158,7 +158,7 @@ def _publish(record: dict[str, Any], out: Path | None) -> None:
         budget += f" VRAM, {format_size(record['host_budget_bytes'])} RAM"
     speed = record["link_bytes_per_s"]
     link = f"link {speed / 1e9:.2f} GB/s" if speed else "nothing streamed"
-    console.print(f"peak {peak} · budget {budget} · {link}", highlight=False)
+    console.print(f"peak of the process {peak} · budget of the engine {budget} · {link}", highlight=False)
     if record["summary"]["identical"] is False:
         print("error: the modes gave different tokens", file=sys.stderr)
         raise typer.Exit(1)
