@@ -193,6 +193,18 @@ def test_leaving_out_noise_that_cannot_matter_leaves_the_choice(kind: str, tempe
         assert Sampler(params, []).choose(logits, place) == int(everything.argmax())
 
 
+def test_the_token_with_the_largest_noise_may_win_from_far_below() -> None:
+    vocabulary, params = 20_000, SamplingParams(temperature=1.0, seed=11)
+    for place in range(20):
+        noise = gumbel_noise(11, place, vocabulary)
+        luckiest = int(noise.argmax())
+        logits = torch.full((vocabulary,), -100.0)
+        logits[0] = 5.0
+        for margin, winner in ((0.01, luckiest), (-0.01, 0)):
+            logits[luckiest] = logits[0] + noise[0] - noise[luckiest] + margin
+            assert Sampler(params, []).choose(logits, place) == winner
+
+
 def test_the_draft_ranks_its_guesses_under_the_targets_noise() -> None:
     logits = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(5))
     for name, params in FILTERS.items():
