@@ -22,8 +22,10 @@ types: install
 contract: install
 	$(BIN)/lint-imports
 
+# A thread for each of two workers: threads that meet at the end of every product, and are more than there are cores, take
+# four times as long.  Tests of what threads share say how many they want.
 unit: install
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The stamp is older than the recipe's inputs whenever a dependency, the package's metadata or a kernel changed.
 install: $(VENV)/installed

@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from budgets import least_device_budgets
 
 from subspec import LLM, SamplingParams
@@ -91,6 +93,22 @@ def test_the_same_text_under_a_smaller_budget(
     )
     found = small_model.generate(PROMPTS[index], params)
     assert found.token_ids == expected
+    assert found.statistics.streamed_bytes > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_text_by_any_number_of_threads(
+    small_model: LLM, plain_texts: dict[tuple[int, float | None], list[int]], model: LLM, threads: int
+) -> None:
+    before, params = torch.get_num_threads(), params_of(3, 0.8)
+    expected = plain_texts.get((3, 0.8)) or model.generate(PROMPTS[3], params, mode="plain").token_ids
+    torch.set_num_threads(threads)
+    try:
+        small_model.reset()
+        found = small_model.generate(PROMPTS[3], replace(params, max_new_tokens=48))
+    finally:
+        torch.set_num_threads(before)
+    assert found.token_ids == expected[:48]
     assert found.statistics.streamed_bytes > 0
 
 
