@@ -1,8 +1,9 @@
 """On a real model in bf16, whose logits often tie: speculative equals plain, greedy and sampled."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from budgets import least_device_budgets
 
 from subspec import LLM, SamplingParams
+from subspec.generation.results import Result
 
 pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 200
+PlainOf = Callable[[int, float | None], Result]
 PROMPTS = (
     "Our kitchen sink drains slowly after every rain. What could be wrong, and what should I check first?",
     "Write a short story about a lighthouse keeper who collects other people's umbrellas.",
@@ -54,8 +57,11 @@ def small_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def plain_texts(model: LLM) -> dict[tuple[int, float | None], list[int]]:
-    return {}
+def plain_of(model: LLM) -> PlainOf:
+    """Plain decoding of a case, done once."""
+    return cache(
+        lambda index, temperature: model.generate(PROMPTS[index], params_of(index, temperature), mode="plain")
+    )
 
 
 def params_of(index: int, temperature: float | None) -> SamplingParams:
@@ -64,13 +70,11 @@ def params_of(index: int, temperature: float | None) -> SamplingParams:
 
 @pytest.mark.parametrize(("index", "temperature"), CASES)
 def test_speculative_equals_plain(
-    model: LLM, plain_texts: dict[tuple[int, float | None], list[int]], index: int, temperature: float | None
+    model: LLM, plain_of: PlainOf, index: int, temperature: float | None
 ) -> None:
-    params = params_of(index, temperature)
-    plain = model.generate(PROMPTS[index], params, mode="plain")
+    plain = plain_of(index, temperature)
     model.reset()
-    speculative = model.generate(PROMPTS[index], params)
-    plain_texts[index, temperature] = plain.token_ids
+    speculative = model.generate(PROMPTS[index], params_of(index, temperature))
     assert len(plain.token_ids) == NEW_TOKENS
     assert len(set(plain.token_ids)) >= 20
     assert speculative.token_ids == plain.token_ids
@@ -80,28 +84,21 @@ def test_speculative_equals_plain(
 
 @pytest.mark.parametrize(("index", "temperature"), [(1, 0.8), (6, None)])
 def test_the_same_text_under_a_smaller_budget(
-    model: LLM,
     small_model: LLM,
-    plain_texts: dict[tuple[int, float | None], list[int]],
+    plain_of: PlainOf,
     index: int,
     temperature: float | None,
 ) -> None:
-    params = params_of(index, temperature)
-    expected = (
-        plain_texts.get((index, temperature))
-        or model.generate(PROMPTS[index], params, mode="plain").token_ids
-    )
-    found = small_model.generate(PROMPTS[index], params)
+    expected = plain_of(index, temperature).token_ids
+    found = small_model.generate(PROMPTS[index], params_of(index, temperature))
     assert found.token_ids == expected
     assert found.statistics.streamed_bytes > 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_same_text_by_any_number_of_threads(
-    small_model: LLM, plain_texts: dict[tuple[int, float | None], list[int]], model: LLM, threads: int
-) -> None:
+def test_the_same_text_by_any_number_of_threads(small_model: LLM, plain_of: PlainOf, threads: int) -> None:
     before, params = torch.get_num_threads(), params_of(3, 0.8)
-    expected = plain_texts.get((3, 0.8)) or model.generate(PROMPTS[3], params, mode="plain").token_ids
+    expected = plain_of(3, 0.8).token_ids
     torch.set_num_threads(threads)
     try:
         small_model.reset()
@@ -124,18 +121,13 @@ def device_model(model: LLM, demo_store: Path) -> Iterator[LLM]:
 
 @pytest.mark.parametrize(("index", "temperature"), [(0, 0.8), (0, None), (5, 0.8), (5, None)])
 def test_the_same_text_behind_a_device(
-    model: LLM,
     device_model: LLM,
-    plain_texts: dict[tuple[int, float | None], list[int]],
+    plain_of: PlainOf,
     index: int,
     temperature: float | None,
 ) -> None:
-    params = params_of(index, temperature)
-    expected = (
-        plain_texts.get((index, temperature))
-        or model.generate(PROMPTS[index], params, mode="plain").token_ids
-    )
-    found = device_model.generate(PROMPTS[index], params)
+    expected = plain_of(index, temperature).token_ids
+    found = device_model.generate(PROMPTS[index], params_of(index, temperature))
     assert found.token_ids == expected
     assert found.statistics.streamed_bytes > 0
     assert found.statistics.acceptance_length > 2
