@@ -6,6 +6,7 @@
 namespace lowbit {
 
 constexpr int kTogether = 2; // rows whose bins are found together
+static_assert(kRows % kTogether == 0);
 
 // Finite numbers rounded to the dtype, as it stores them: `first` holds 0 to 3 and 8 to 11 of them, `second` the others.
 template <int dtype> LOWBIT_INLINE __m256i sixteen_patterns(__m256 first, __m256 second) {
