@@ -50,17 +50,13 @@ class Access:
         purpose = f" ({self.note})" if self.note else ""
         return f"{self.actor} {what} {self.place}[{self.start}:{self.stop}]{purpose}"
 
-    def touches(self, start: int, stop: int) -> bool:
-        """Whether it shares a byte with ``start`` … ``stop`` − 1."""
-        return self.start < stop and start < self.stop
-
     def continues(self, other: "Access") -> bool:
-        """Whether it and an access of the same place are one, cut in two or overlapping."""
-        same = (self.actor, self.writes, self.time, self.note)
+        """Whether it and an access that it touches or adjoins are one, cut in two or overlapping."""
         return (
-            same == (other.actor, other.writes, other.time, other.note)
-            and self.start <= other.stop
-            and other.start <= self.stop
+            self.time == other.time
+            and self.writes == other.writes
+            and self.actor == other.actor
+            and self.note == other.note
         )
 
     def without(self, start: int, stop: int) -> "list[Access]":
@@ -161,30 +157,34 @@ class HazardChecker:
         with self._lock:
             clock = self._clock(actor)
             new = Access(actor, writes, place, start, stop, note, clock[actor])
+            near = [old for old in self._accesses.get(place, ()) if old.start <= stop and start <= old.stop]
             conflicts = [
                 Hazard(old, new)
-                for old in self._accesses.get(place, ())
-                if old.touches(start, stop) and (writes or old.writes) and old.time > clock.get(old.actor, 0)
+                for old in near
+                if (old.start < stop and start < old.stop)
+                and (writes or old.writes)
+                and old.time > clock.get(old.actor, 0)
             ]
-            self._remember(new, clock)
+            self._remember(new, near, clock)
             self.hazards += conflicts
         if conflicts and not self.collect:
             raise HazardError(conflicts[0])
 
-    def _remember(self, new: Access, clock: Clock) -> None:
-        """Keep ``new``, and forget what it dominates.
+    def _remember(self, new: Access, near: list[Access], clock: Clock) -> None:
+        """Keep ``new``, and forget what it dominates of ``near``, the accesses that it touches or adjoins.
 
         Whoever comes after ``new`` comes after what it is ordered after; who does not, conflicts with ``new``
         itself.  So a write replaces all before it, and a read replaces the reads that it is ordered after.
         """
-        kept: list[Access] = []
-        for old in self._accesses.get(new.place, ()):
-            if new.continues(old):
+        start, stop = new.start, new.stop
+        kept = self._accesses.setdefault(new.place, [])
+        if near:
+            kept[:] = [old for old in kept if old.stop < start or stop < old.start]
+        for old in near:
+            if old.continues(new):
                 new = replace(new, start=min(new.start, old.start), stop=max(new.stop, old.stop))
-            elif old.touches(new.start, new.stop) and (
-                new.writes or (not old.writes and old.time <= clock.get(old.actor, 0))
-            ):
-                kept += old.without(new.start, new.stop)
+            elif new.writes or (not old.writes and old.time <= clock.get(old.actor, 0)):
+                kept += old.without(start, stop)
             else:
                 kept.append(old)
-        self._accesses[new.place] = [*kept, new]
+        kept.append(new)
