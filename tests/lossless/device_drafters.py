@@ -23,7 +23,8 @@ from subspec.memory.schedule import Gap, Step
 from subspec.models.decoder import Rows
 from subspec.speculation.ahead import Ahead
 from subspec.speculation.levels import EMPTY
-from subspec.speculation.sampling import Sampler, SamplingParams, gumbel_noise
+from subspec.speculation.noise import gumbel_noise
+from subspec.speculation.sampling import Sampler, SamplingParams
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from subspec.models.decoder import Rows
 from subspec.speculation.draft import TreeShape, grow
 from subspec.speculation.harvest import Harvest, harvest, seedling
 from subspec.speculation.levels import Levels, Shape
-from subspec.speculation.sampling import CANDIDATES, GREEDY_CANDIDATES, Sampler, SamplingParams, gumbel_noise
+from subspec.speculation.noise import gumbel_noise
+from subspec.speculation.sampling import CANDIDATES, GREEDY_CANDIDATES, Sampler, SamplingParams
 from subspec.speculation.tree import DraftTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")

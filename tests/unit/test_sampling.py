@@ -26,7 +26,8 @@ from subspec.errors import OptionError
 from subspec.models.decoder import prefix_rows
 from subspec.speculation.decode import decode
 from subspec.speculation.draft import TreeShape
-from subspec.speculation.sampling import NUCLEUS_GUESS, Sampler, gumbel_noise, keep, penalized, rank
+from subspec.speculation.noise import gumbel_noise
+from subspec.speculation.sampling import NUCLEUS_GUESS, Sampler, keep, penalized, rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,9 +27,10 @@ from subspec.speculation.draft import TreeShape
 from subspec.speculation.harvest import Harvest, harvest, seedling
 from subspec.speculation.learner import Learner
 from subspec.speculation.levels import Levels, Shape
+from subspec.speculation.noise import gumbel_noise
 from subspec.speculation.outlook import Outlook
 from subspec.speculation.policy import Policy
-from subspec.speculation.sampling import Sampler, SamplingParams, gumbel_noise
+from subspec.speculation.sampling import Sampler, SamplingParams
 from subspec.speculation.verify import Walk, walk
 
 

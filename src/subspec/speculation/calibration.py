@@ -46,12 +46,10 @@ class Reliability:
     count: tuple[int, ...]
 
     @property
-    def error(self) -> float:
-        """Expected calibration error: |promised − kept| over all candidates, per candidate."""
-        total = sum(self.count)
-        return (
-            sum(abs(p - k) for p, k in zip(self.promised, self.kept, strict=True)) / total if total else 0.0
-        )
+    def error(self) -> float | None:
+        """Expected calibration error: |promised − kept| over all candidates, per candidate; None of none."""
+        total, pairs = sum(self.count), zip(self.promised, self.kept, strict=True)
+        return sum(abs(promised - kept) for promised, kept in pairs) / total if total else None
 
 
 class Calibration:

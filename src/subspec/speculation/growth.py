@@ -114,7 +114,7 @@ class Growth:
         going_on = (
             n for n in range(1, len(tree)) if tree.depths[n] <= deepest and tree.tokens[n] not in ends
         )
-        return sorted([0, *going_on], key=lambda node: (-tree.scores[node], node))
+        return tree.ranked([0, *going_on])
 
     def propose(self, tokens: Sequence[int], chances: Sequence[float], least_score: float) -> None:
         """Add a chain of guessed tokens below the root, as far as it is likely enough.

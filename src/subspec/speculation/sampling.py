@@ -1,4 +1,4 @@
-"""From logits to tokens: filters, and noise keyed by position.
+"""From logits to tokens: filters, then the likeliest under noise keyed by position (``noise``).
 
 A token is argmax(log p / T + Gumbel(seed, position)) after penalty, temperature, top-k, top-p and min-p, in
 transformers' order.  The noise depends on seed and position alone, so that a token depends on its logits
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from subspec.errors import OptionError
+from subspec.speculation.noise import gumbel, likeliest_under_noise, uniform_numbers
 
 GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
 CANDIDATES = 64  # of a draft row, ranked under the noise
@@ -132,7 +133,7 @@ class Sampler:
         kept, tokens = keep(row / self.params.divisor, self.params)
         self._vocabulary = logits.shape[-1]
         uniform = self._uniform_at(position)
-        best = _likeliest_under_noise(kept, uniform if tokens is None else uniform[tokens.numpy()])
+        best = likeliest_under_noise(kept, uniform if tokens is None else uniform[tokens.numpy()])
         return best if tokens is None else int(tokens[best])
 
     def chooser(self, logits: torch.Tensor) -> Callable[[int, int, Sequence[int]], int]:
@@ -205,7 +206,7 @@ class Sampler:
         """What a position's noise is made from, (V,); the same for a seed and position whenever asked."""
         row = self._uniform.get(position)
         if row is None:
-            row = self._uniform[position] = _uniform(self.params.seed, position, self._vocabulary)
+            row = self._uniform[position] = uniform_numbers(self.params.seed, position, self._vocabulary)
         return row
 
 
@@ -262,35 +263,6 @@ def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch
 def _weakened(values: torch.Tensor, penalty: float) -> torch.Tensor:
     """Logits under the repetition penalty."""
     return torch.where(values < 0, values * penalty, values / penalty)
-
-
-def gumbel_noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
-    """Standard Gumbel noise (V,) in fp32 from a counter-based generator keyed by seed and position."""
-    return gumbel(_uniform(seed, position, vocabulary))
-
-
-def gumbel(uniform: np.ndarray) -> torch.Tensor:
-    """Standard Gumbel noise in fp32 from uniform numbers (fp64, inside (0, 1)); rises with them."""
-    return torch.from_numpy(-np.log(-np.log(uniform))).float()
-
-
-def _uniform(seed: int, position: int, vocabulary: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
-    return np.minimum(generator.random(vocabulary) + 2.0**-54, 1 - 2.0**-53)  # strictly inside (0, 1)
-
-
-def _likeliest_under_noise(row: torch.Tensor, uniform: np.ndarray) -> int:
-    """The argmax of logits (V,) plus noise, of which only what may matter is computed.
-
-    A token wins only if its logit with the largest noise of all is above the likeliest token with its own.
-    """
-    first = int(row.argmax())
-    highest = float(row[first] + gumbel(uniform[[first]])[0])
-    rounding = 1e-3 + 1e-6 * abs(highest)
-    contenders = (row >= highest - rounding - float(gumbel(uniform.max(keepdims=True))[0])).nonzero()[:, 0]
-    if len(contenders) == 0:  # not a number
-        return int((row + gumbel(uniform)).argmax())
-    return int(contenders[(row[contenders] + gumbel(uniform[contenders.numpy()])).argmax()])
 
 
 def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,7 @@ it has a *shadow* besides: another slot, for its draft keys and values, so that 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -148,4 +148,8 @@ class DraftTree:
 
     def likeliest(self, nodes: Sequence[int], count: int) -> list[int]:
         """The ``count`` best-scored of some nodes, in order; ties go to the older node."""
-        return sorted(sorted(nodes, key=lambda node: (-self.scores[node], node))[:count])
+        return sorted(self.ranked(nodes)[:count])
+
+    def ranked(self, nodes: Iterable[int]) -> list[int]:
+        """Some nodes, best-scored first; ties go to the older node."""
+        return sorted(nodes, key=lambda node: (-self.scores[node], node))
