@@ -13,19 +13,20 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 HEADER = (
-    "| model, bf16 | budget | kernels | disk reads | temperature "
+    "| model, bf16 | budget | kernels | disk reads | streams | temperature "
     "| offloading tok/s | plain tok/s | speculative tok/s "
     "| over offloading: median (least) | acceptance length | sweep, raw ÷ residual | link use | identical |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 NOTE = """
 Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose
 memory, page cache included, is capped at the budget plus 700 MiB. *Offloading* (`raw`) is plain decoding
 that streams the weights as they are: the same engine at the same budget, with the same prefetch and a
-one-node tree. *Plain* streams residuals. Speed-ups and sweep ratios are medians of the per-prompt ratios.
-*Link use* is what offloading streamed, of what the disk could have delivered meanwhile. *Identical*: all
-modes gave the same tokens. Command, commit, versions and every raw time are in
-[benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
+one-node tree. *Plain* streams residuals; where speculation streams weights as they are (`--stream raw`),
+it is offloading. Speed-ups and sweep ratios are medians of the per-prompt ratios. *Link use* is what
+offloading streamed, of what the disk could have delivered meanwhile. *Identical*: all modes gave the same
+tokens. Command, commit, versions and every raw time are in [benchmarks/results](benchmarks/results);
+`python benchmarks/table.py` writes this table.
 """
 
 
@@ -35,23 +36,29 @@ def row(result: dict[str, Any]) -> str:
     throttle = result["machine"]["disk_throttle"]
     reads = f"capped at {throttle[0]['read_bytes_per_s'] / 1e9:.1f} GB/s" if throttle else "uncapped"
     reads += f" ({result['link_bytes_per_s'] / 1e9:.2f} measured)"
-    raw = {run["prompt_id"]: run["tok_s"] for run in runs if run["mode"] == "raw"}
+    streams = result["model"]["codec"]
+    offloading = "plain" if streams == "raw" else "raw"
+    slow = {run["prompt_id"]: run["tok_s"] for run in runs if run["mode"] == offloading}
     ratios = [
-        run["tok_s"] / raw[run["prompt_id"]]
+        run["tok_s"] / slow[run["prompt_id"]]
         for run in runs
-        if run["mode"] == "speculative" and raw[run["prompt_id"]] and run["tok_s"]
+        if run["mode"] == "speculative" and slow[run["prompt_id"]] and run["tok_s"]
     ]
+    tok_s, over = summary["tok_s"], "speedup" if streams == "raw" else "speedup_over_raw"
     cells = [
         result["model"]["name"].removesuffix("-bf16"),
         f"{result['budget_bytes'] / 2**20:.0f} MiB",
         result["machine"]["kernels"],
         reads,
+        streams,
         f"{result['settings']['temperature'] or 0:g}",
-        *(f"{summary['tok_s'][mode]:.2f}" for mode in ("raw", "plain", "speculative")),
-        f"**{summary['speedup_over_raw']:.1f}×** ({min(ratios):.1f}×)",
+        f"{tok_s[offloading]:.2f}",
+        "–" if streams == "raw" else f"{tok_s['plain']:.2f}",
+        f"{tok_s['speculative']:.2f}",
+        f"**{summary[over]:.1f}×** ({min(ratios):.1f}×)",
         f"{summary['acceptance_length']:.1f}",
-        f"{summary['sweep_ratio']:.2f}",
-        f"{summary['link_utilization']['raw']:.2f}",
+        "–" if streams == "raw" else f"{summary['sweep_ratio']:.2f}",
+        f"{summary['link_utilization'][offloading]:.2f}",
         "yes" if summary["identical"] else "NO",
     ]
     return "| " + " | ".join(cells) + " |\n"
