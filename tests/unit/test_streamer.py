@@ -140,9 +140,8 @@ class Ring:
         slot = self.streamer.acquire()
         with self.probe.holding(slot):
             for _ in range(2):
-                assert slot.numpy().tobytes() == self.contents[index], (
-                    f"unit {index} is not what was asked for"
-                )
+                right = slot.numpy().tobytes() == self.contents[index]  # pytest would explain whole pages
+                assert right, f"unit {index} is not what was asked for"
                 self.probe.dawdle()
         assert not self.probe.violations
         if release:
