@@ -20,13 +20,13 @@ HEADER = (
 )
 NOTE = """
 Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose
-memory, page cache included, is capped at the budget plus 700 MiB. *Offloading* (`raw`) is plain decoding
-that streams the weights as they are: the same engine at the same budget, with the same prefetch and a
-one-node tree. *Plain* streams residuals; where speculation streams weights as they are (`--stream raw`),
-it is offloading. Speed-ups and sweep ratios are medians of the per-prompt ratios. *Link use* is what
-offloading streamed, of what the disk could have delivered meanwhile. *Identical*: all modes gave the same
-tokens. Command, commit, versions and every raw time are in [benchmarks/results](benchmarks/results);
-`python benchmarks/table.py` writes this table.
+memory, page cache included, is capped at the budget plus 700 MiB. *Offloading* (the mode `raw`) is plain
+decoding that streams the weights as they are: the same engine at the same budget, with the same prefetch
+and a one-node tree. *Streams* says what the modes plain and speculative stream; where that is raw weights
+too (`--stream raw`), plain decoding is the offloading, hence the dashes. Speed-ups and sweep ratios are
+medians of the per-prompt ratios. *Link use* is what offloading streamed, of what the disk could have
+delivered meanwhile. *Identical*: all modes gave the same tokens. Command, commit, versions and every raw
+time are in [benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
 """
 
 

@@ -229,6 +229,12 @@ def test_nought_is_no_default(wishes: dict[str, Any]) -> None:
         plan(config(), **wishes)
 
 
+def test_nodes_that_a_tree_cannot_have_cost_nothing() -> None:
+    most = plan(BIG, depth=4, width=8, nodes=33)
+    assert plan(BIG, depth=4, width=8, nodes=1000).parts == most.parts
+    assert plan(BIG, depth=4, width=8, nodes=32).parts["workspace"] < most.parts["workspace"]
+
+
 def test_defaults_follow_the_model() -> None:
     assert plan(config()).context == 512
     assert plan(BIG).context == 4096

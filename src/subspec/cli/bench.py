@@ -42,7 +42,7 @@ PlainMaxNewTokens = Annotated[
     typer.Option(
         "--plain-max-new-tokens",
         metavar="N",
-        help="The plain mode's limit.  [default: the same]",
+        help="The limit of the modes raw and plain.  [default: the same]",
     ),
 ]
 Modes = Annotated[

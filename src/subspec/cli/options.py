@@ -109,7 +109,11 @@ DecodeMode = Annotated[
 ]
 Depth = Annotated[
     int | None,
-    typer.Option("--depth", metavar="N", help="Levels of the draft tree.  [default: measured]"),
+    typer.Option(
+        "--depth",
+        metavar="N",
+        help="Levels of the draft tree, which this and the next four fix.  [default: measured]",
+    ),
 ]
 Width = Annotated[
     int | None,

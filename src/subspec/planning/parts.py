@@ -126,10 +126,11 @@ def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree:
     """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = (config.heads + 2 * config.kv_heads) * config.head_dim
-    rows = max(wishes["prefill_rows"], min(tree.nodes, tree.drafted))
+    verified = min(tree.nodes, tree.drafted)
+    rows = max(wishes["prefill_rows"], verified)
     activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
     prompt = wishes["context"] * (hidden * itemsize + 64)
-    logits = (tree.nodes + 2 * tree.width) * config.vocab_size * itemsize
+    logits = (verified + 2 * tree.width) * config.vocab_size * itemsize
     sampling = config.vocab_size * ((tree.depth + 1) * NOISE_BYTES + SAMPLING_BYTES)
     tables = (wishes["context"] + tree.drafted) * config.head_dim * 4
     return int(activations + prompt + logits + sampling + tables)
