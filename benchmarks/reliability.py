@@ -65,6 +65,8 @@ def main() -> None:
     source, out = map(Path, sys.argv[1:3])
     ways = json.loads(source.read_text())["speculation"]["calibration"]
     name, way = max(ways.items(), key=lambda item: item[1]["observations"])
+    if way["error"] is None:
+        raise SystemExit(f"{source}: no draft was compared with the target, there is nothing to draw")
     title = f"{way['observations']} rows, {name}; mean error {way['error']:.3f}"
     out.write_text(svg(way["reliability"], title))
 

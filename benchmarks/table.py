@@ -36,15 +36,18 @@ def row(result: dict[str, Any]) -> str:
     throttle = result["machine"]["disk_throttle"]
     reads = f"capped at {throttle[0]['read_bytes_per_s'] / 1e9:.1f} GB/s" if throttle else "uncapped"
     reads += f" ({result['link_bytes_per_s'] / 1e9:.2f} measured)"
-    streams = result["model"]["codec"]
-    offloading = "plain" if streams == "raw" else "raw"
+    streams, tok_s = result["model"]["codec"], summary["tok_s"]
+    if streams == "raw":
+        offloading, over, plain, ratio = "plain", "speedup", "–", "–"
+    else:
+        offloading, over = "raw", "speedup_over_raw"
+        plain, ratio = f"{tok_s['plain']:.2f}", f"{summary['sweep_ratio']:.2f}"
     slow = {run["prompt_id"]: run["tok_s"] for run in runs if run["mode"] == offloading}
     ratios = [
         run["tok_s"] / slow[run["prompt_id"]]
         for run in runs
         if run["mode"] == "speculative" and slow[run["prompt_id"]] and run["tok_s"]
     ]
-    tok_s, over = summary["tok_s"], "speedup" if streams == "raw" else "speedup_over_raw"
     cells = [
         result["model"]["name"].removesuffix("-bf16"),
         f"{result['budget_bytes'] / 2**20:.0f} MiB",
@@ -53,11 +56,11 @@ def row(result: dict[str, Any]) -> str:
         streams,
         f"{result['settings']['temperature'] or 0:g}",
         f"{tok_s[offloading]:.2f}",
-        "–" if streams == "raw" else f"{tok_s['plain']:.2f}",
+        plain,
         f"{tok_s['speculative']:.2f}",
         f"**{summary[over]:.1f}×** ({min(ratios):.1f}×)",
         f"{summary['acceptance_length']:.1f}",
-        "–" if streams == "raw" else f"{summary['sweep_ratio']:.2f}",
+        ratio,
         f"{summary['link_utilization'][offloading]:.2f}",
         "yes" if summary["identical"] else "NO",
     ]

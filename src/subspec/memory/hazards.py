@@ -157,7 +157,10 @@ class HazardChecker:
         with self._lock:
             clock = self._clock(actor)
             new = Access(actor, writes, place, start, stop, note, clock[actor])
-            near = [old for old in self._accesses.get(place, ()) if old.start <= stop and start <= old.stop]
+            near: list[Access] = []  # what it touches or adjoins
+            far: list[Access] = []
+            for old in self._accesses.get(place, ()):
+                (near if old.start <= stop and start <= old.stop else far).append(old)
             conflicts = [
                 Hazard(old, new)
                 for old in near
@@ -165,26 +168,30 @@ class HazardChecker:
                 and (writes or old.writes)
                 and old.time > clock.get(old.actor, 0)
             ]
-            self._remember(new, near, clock)
+            self._accesses[place] = far + _remembered(new, near, clock)
             self.hazards += conflicts
         if conflicts and not self.collect:
             raise HazardError(conflicts[0])
 
-    def _remember(self, new: Access, near: list[Access], clock: Clock) -> None:
-        """Keep ``new``, and forget what it dominates of ``near``, the accesses that it touches or adjoins.
 
-        Whoever comes after ``new`` comes after what it is ordered after; who does not, conflicts with ``new``
-        itself.  So a write replaces all before it, and a read replaces the reads that it is ordered after.
-        """
-        start, stop = new.start, new.stop
-        kept = self._accesses.setdefault(new.place, [])
-        if near:
-            kept[:] = [old for old in kept if old.stop < start or stop < old.start]
-        for old in near:
-            if old.continues(new):
-                new = replace(new, start=min(new.start, old.start), stop=max(new.stop, old.stop))
-            elif new.writes or (not old.writes and old.time <= clock.get(old.actor, 0)):
-                kept += old.without(start, stop)
-            else:
-                kept.append(old)
-        kept.append(new)
+def _remembered(new: Access, near: list[Access], clock: Clock) -> list[Access]:
+    """``new``, and what it does not dominate of ``near``, the accesses that it touches or adjoins.
+
+    Whoever comes after ``new`` comes after what it is ordered after; who does not, conflicts with ``new``
+    itself.  So a write replaces all before it, and a read replaces the reads that it is ordered after.
+
+    Args:
+        new: the access.
+        near: earlier ones of the same place.
+        clock: of its actor.
+    """
+    start, stop = new.start, new.stop
+    kept: list[Access] = []
+    for old in near:
+        if old.continues(new):
+            new = replace(new, start=min(new.start, old.start), stop=max(new.stop, old.stop))
+        elif new.writes or (not old.writes and old.time <= clock.get(old.actor, 0)):
+            kept += old.without(start, stop)
+        else:
+            kept.append(old)
+    return [*kept, new]

@@ -93,7 +93,7 @@ def host_parts(config: ModelConfig, itemsize: int, wishes: dict[str, Any]) -> di
     of_node = ROW_INDICES + 2 * CANDIDATES + tree.depth + 1  # as a tree that survives is planted
     described = wishes["context"] * INDEX_BYTES + tree.drafted * of_node * INDEX_BYTES
     guesses = tree_slots(tree, device=True) * (2 * CANDIDATES + ROW_INDICES) * INDEX_BYTES
-    logits = min(tree.nodes, tree.drafted) * vocabulary * itemsize
+    logits = tree.verified * vocabulary * itemsize
     return {
         "embedding": page_aligned(vocabulary * config.hidden_size * itemsize),
         "uploads": page_aligned(2 * (described + vocabulary * NOISE_BYTES)),
@@ -126,11 +126,10 @@ def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree:
     """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = (config.heads + 2 * config.kv_heads) * config.head_dim
-    verified = min(tree.nodes, tree.drafted)
-    rows = max(wishes["prefill_rows"], verified)
+    rows = max(wishes["prefill_rows"], tree.verified)
     activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
     prompt = wishes["context"] * (hidden * itemsize + 64)
-    logits = (verified + 2 * tree.width) * config.vocab_size * itemsize
+    logits = (tree.verified + 2 * tree.width) * config.vocab_size * itemsize
     sampling = config.vocab_size * ((tree.depth + 1) * NOISE_BYTES + SAMPLING_BYTES)
     tables = (wishes["context"] + tree.drafted) * config.head_dim * 4
     return int(activations + prompt + logits + sampling + tables)

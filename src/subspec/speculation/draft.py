@@ -38,6 +38,11 @@ class TreeShape:
         """Most nodes that the draft makes, the root included: the scratch slots needed."""
         return 1 + self.depth * self.width
 
+    @property
+    def verified(self) -> int:
+        """Most nodes that a sweep verifies: no more than there can be."""
+        return min(self.nodes, self.drafted)
+
 
 def grow(tree: DraftTree, draft: DraftPass, sampler: Sampler, shape: TreeShape) -> None:
     """Add up to ``shape.depth`` levels below the tree's root.
