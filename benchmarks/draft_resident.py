@@ -23,7 +23,7 @@ VARIANTS = ("substitutes", "exact")
 def exact_where_resident(llm: LLM) -> list[LayerProducts | WholeLayer]:
     """The draft's layers with exact products wherever the weights are resident."""
     engine = llm.engine
-    mixed = list(engine._draft_layers)
+    mixed = list(engine.drafter.layers)
     for index, unit in enumerate(engine.weights.layers):
         if unit.memory is not None:
             mixed[index] = LayerProducts(*engine.weights.products(unit, None))
@@ -43,11 +43,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with LLM(options.model, options.memory) as llm:
-        layers = {"substitutes": llm.engine._draft_layers, "exact": exact_where_resident(llm)}
+        layers = {"substitutes": llm.engine.drafter.layers, "exact": exact_where_resident(llm)}
         runs: list[dict[str, Any]] = []
         for prompt in load_prompts(options.prompts, options.limit):
             for variant in VARIANTS:
-                llm.engine._draft_layers = layers[variant]
+                llm.engine.drafter.layers = layers[variant]
                 llm.reset()
                 params = SamplingParams(max_new_tokens=options.max_new_tokens)
                 figures = llm.generate([{"role": "user", "content": prompt.text}], params).statistics

@@ -16,6 +16,7 @@ from fake_cuda import FakeCuda, HiddenSyncError
 from tiny import write_tiny
 
 from subspec.engine import Engine, places, weights
+from subspec.engine.arithmetic import Arithmetic
 from subspec.memory.exchange import Exchange, Pending
 from subspec.memory.streamer import Streamer
 from subspec.models.linear import ExactProduct
@@ -302,12 +303,12 @@ def a_second_wait(patch: pytest.MonkeyPatch) -> None:
 
 
 def memory_beyond_the_plan(patch: pytest.MonkeyPatch) -> None:
-    original = Engine._logits
+    original = Arithmetic.logits
 
-    def logits(engine: Engine, rows: int) -> torch.Tensor:
-        return original(engine, rows + 1000)[:rows]
+    def logits(arithmetic: Arithmetic, rows: int) -> torch.Tensor:
+        return original(arithmetic, rows + 1000)[:rows]
 
-    patch.setattr(Engine, "_logits", logits)
+    patch.setattr(Arithmetic, "logits", logits)
 
 
 def a_unit_streamed_twice(patch: pytest.MonkeyPatch) -> None:

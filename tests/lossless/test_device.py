@@ -117,7 +117,7 @@ def test_the_draft_sees_the_noise_and_the_penalty_of_the_target(
 def test_each_tree_has_its_own_captured_passes(subject: Subject, llm: LLM) -> None:
     """What was captured for one tree is never replayed for another one of the same sampling."""
     first = {tree: subject.check(llm, "greedy", None, 0, tree)[0].accepted for tree in ("chain", "bushy")}
-    llm.engine._captured.clear()
+    llm.engine.drafter._captured.clear()
     for tree, accepted in first.items():
         assert subject.check(llm, "greedy", None, 0, tree)[0].accepted == accepted
 
