@@ -1,5 +1,6 @@
 """The harness: which prompts, in which order, and what the figures say."""
 
+import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_llm import FakeLLM, result
+from rich.console import Console
 
 from subspec.bench import machine
 from subspec.bench.link import CANDIDATES, LinkMeter, image_files
@@ -199,6 +201,15 @@ def test_figures_that_runs_do_not_give_are_null() -> None:
     assert summary["acceptance_length"] is None
     assert summary["tok_s"] == {"plain": None}
     assert table([record(tok_s=0.0)], summary).row_count == 2
+
+
+def test_a_terminal_of_80_columns_shows_the_table_whole() -> None:
+    runs = [record(mode, tok_s=10.25, prompt_id=160) for mode in ("raw", "plain", "speculative")]
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(runs, summarize(runs)))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert "speculative" in shown
 
 
 def test_json_is_strict_and_written_whole(tmp_path: Path) -> None:

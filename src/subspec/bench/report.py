@@ -96,15 +96,16 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def table(runs: Sequence[Run], summary: dict[str, Any]) -> "Table":
-    """A line per prompt and one for all; the link's column is the plain mode's if it ran."""
+    """A line per prompt and one for all, within 80 columns; the link's is the plain mode's if it ran."""
+    from rich import box
     from rich.table import Table
 
     modes = list(summary["tok_s"])
     linked = "plain" if "plain" in modes else modes[0]
     names = ["prompt", *(f"{mode}\ntok/s" for mode in modes)]
     names += ["speed-up", *(["over\nraw"] if "raw" in modes else [])]
-    names += ["acceptance\nlength", f"{linked}\nlink", "identical"]
-    grid = Table()
+    names += ["acceptance\nlength", f"{linked}\nlink", "same\ntokens"]
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in names:
         grid.add_column(name, justify="right")
     for prompt in dict.fromkeys(run["prompt_id"] for run in runs):

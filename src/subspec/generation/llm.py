@@ -160,7 +160,8 @@ class LLM:
             limit = self.config.max_position
             raise ContextError(
                 f"the prompt has {len(ids)} tokens, the context is {self.plan.context}: shorten it, or raise "
-                f"--context to {min(len(ids) + params.max_new_tokens, limit)} (the model's limit is {limit})"
+                f"--context to {min(len(ids) + params.max_new_tokens, limit)}, which holds it and up to "
+                f"{params.max_new_tokens} new ones (the model's limit is {limit})"
             )
         return self._run(ids, params, chosen)
 

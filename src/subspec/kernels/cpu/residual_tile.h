@@ -7,6 +7,11 @@
 #include "residual_avx2.h"
 #include "residual_avx512.h"
 
+// A tile's rows take each step of their rebuilding together, instead of one row all of them.
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+#define LOWBIT_STEPWISE
+#endif
+
 namespace lowbit {
 
 #if !defined(__AVX2__)
@@ -101,7 +106,7 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
   alignas(64) uint8_t codes[kRows][kGroup];
   tile_codes(tile, codes);
 #endif
-#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+#if defined(LOWBIT_STEPWISE)
   RowLines lines;
   Bins bins[kRows];
   RowFields fields[kRows];
@@ -116,7 +121,7 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
 #if defined(__AVX512VBMI2__)
     uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
     from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
-#elif defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+#elif defined(LOWBIT_STEPWISE)
     from += spread_row<dtype>(from, columns, fields[r]);
 #else
     uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
@@ -125,7 +130,7 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
     from += decode_row<dtype>(from, codes[r], bins, columns, row);
 #endif
   }
-#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+#if defined(LOWBIT_STEPWISE)
   for (int64_t r = 0; r < rows; r++) place_row<dtype>(codes[r], bins[r], fields[r], columns, out + r * stride);
 #endif
   for (; from + 4 <= to; from += 4) {
