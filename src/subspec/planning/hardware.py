@@ -19,10 +19,9 @@ from subspec.store.reader import Store
 from subspec.substitute.exact import UnitProducts, scratch_bytes
 from subspec.substitute.images import starts
 
-SETTLING_BYTES = (
-    256 << 20
-)  # read first: after an idle moment a disk, or a limit on it, may run ahead for a while
-READ_BYTES = 128 << 20
+# Read first: after an idle moment a disk, or a limit on it, may run ahead for a while.  Then read and timed.
+SETTLING_BYTES, READ_BYTES = 256 << 20, 128 << 20
+SETTLING_SWEEPS, READ_SWEEPS = 4, 2  # at most so many times what a sweep streams if nothing is resident
 ROUNDS = 3
 
 
@@ -47,9 +46,9 @@ def stored_images(store: Store) -> Images:
 def measure_costs(store: Store) -> SweepCosts:
     """The costs of a sweep over a residual store, from a short trial on its first layer.
 
-    Reads that layer and about 400 MB more: a fraction of a second on a fast disk.  Holds three layers' memory
-    while it runs, before anything else of the model is held.  Without native kernels nothing is tried:
-    rebuilding is then slow beyond question.
+    Reads that layer and about 400 MB more, or six times what a sweep streams if that is less: a fraction of a
+    second on a fast disk.  Holds three layers' memory while it runs, before anything else of the model is
+    held.  Without native kernels nothing is tried: rebuilding is then slow beyond question.
 
     Raises:
         StoreError: an image is damaged or cannot be read.
@@ -76,11 +75,19 @@ def measure_costs(store: Store) -> SweepCosts:
     )
     times = [[_timed(trial) for trial in trials] for _ in range(ROUNDS)]
     plain_s, rebuilt_s, rows_s = (statistics.median(column) for column in zip(*times, strict=True))
-    measure_read(store.images(), THREADS, REQUEST_BYTES, SETTLING_BYTES)
-    link = measure_read(store.images(), THREADS, REQUEST_BYTES, READ_BYTES)
     row_s = max(rows_s - plain_s, 0.0) / (EXPECTED_ROWS - 1)
     size = len(plain)
-    return SweepCosts(link.bytes_per_s, plain_s / size, rebuilt_s / size, row_s / size)
+    return SweepCosts(_link_bytes_per_s(store), plain_s / size, rebuilt_s / size, row_s / size)
+
+
+def _link_bytes_per_s(store: Store) -> float:
+    """How fast a sweep's images come once the disk has settled."""
+    images = store.images()
+    sweep_bytes = sum(path.stat().st_size for path in images)
+    settling = min(SETTLING_BYTES, SETTLING_SWEEPS * sweep_bytes)
+    timed = min(READ_BYTES, READ_SWEEPS * sweep_bytes)
+    measure_read(images, THREADS, REQUEST_BYTES, settling)
+    return measure_read(images, THREADS, REQUEST_BYTES, timed).bytes_per_s
 
 
 def _timed(call: Callable[[], object]) -> float:
