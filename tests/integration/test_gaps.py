@@ -106,6 +106,23 @@ def test_a_sweep_whose_gap_has_nothing_to_do_waits_for_the_link(llm: LLM) -> Non
     assert 0 < len(asked) <= len(recorded._streamer.units), "an idle gap is not asked again for the same unit"
 
 
+def test_a_gap_that_fails_leaves_no_gap_and_no_hidden_states_behind(llm: LLM) -> None:
+    engine = llm.engine
+    assert engine.schedule.streamer is not None
+    real = engine.schedule.streamer
+    engine.schedule.streamer = Recorded(real, 0)  # type: ignore[assignment]
+
+    def gap() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.target(prefix_rows(PROMPT, 0), last_only=True, gap=gap)
+    assert not engine.schedule.in_gap
+    assert engine._sweeper.hidden.numel() == 0
+    engine.schedule.streamer = real
+    engine.target(prefix_rows(PROMPT, 0), last_only=True)
+
+
 def test_the_later_a_preview_the_closer_it_is_and_nothing_exact_is_touched(llm: LLM) -> None:
     engine = llm.engine
     assert engine.schedule.streamer is not None

@@ -295,8 +295,8 @@ def without_shadows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Growth, "forward", forward)
 
 
-def moving_the_path_alone(patch: pytest.MonkeyPatch) -> None:
-    """The surviving subtree's keys and values stay where they were."""
+def losing_the_end_of_the_path(patch: pytest.MonkeyPatch) -> None:
+    """The keys and values of the accepted path's last node, and the subtree's, stay where they were."""
     original = Growth.continue_from
 
     def continue_from(self: Growth, walk: object, top: int | None) -> tuple[Growth, list[int]]:
@@ -325,7 +325,7 @@ def previews_in_the_tree(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant", [without_shadows, moving_the_path_alone, shadows_in_the_tree, previews_in_the_tree]
+    "mutant", [without_shadows, losing_the_end_of_the_path, shadows_in_the_tree, previews_in_the_tree]
 )
 def test_a_broken_growth_is_noticed(
     subject: Subject, mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

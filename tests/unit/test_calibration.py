@@ -6,7 +6,13 @@ import random
 import pytest
 import torch
 
-from subspec.speculation.calibration import CANDIDATES, Calibration, calibrations
+from subspec.speculation.calibration import (
+    CANDIDATES,
+    MOST_CERTAINTY,
+    PRIOR_CERTAINTY,
+    Calibration,
+    calibrations,
+)
 
 
 def observe(calibration: Calibration, temperature: float, miss: float, count: int, seed: int = 0) -> None:
@@ -97,6 +103,10 @@ def test_certainty_does_not_run_away() -> None:
     for _ in range(2000):
         calibration.observe(torch.tensor([30.0, 1.0]), [0.0, -29.0], 0)
     assert 0.05 <= calibration.temperature <= 20
+    assert calibration.certainty == pytest.approx(PRIOR_CERTAINTY), "rows that any temperature explains"
+    informed = Calibration()
+    observe(informed, 0.5, 0.0, 2000)
+    assert PRIOR_CERTAINTY < informed.certainty <= MOST_CERTAINTY, "another process meets other texts"
 
 
 def test_learnt_values_start_the_next_process() -> None:

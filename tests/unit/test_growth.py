@@ -116,6 +116,27 @@ def test_a_preview_takes_the_place_of_what_the_draft_said() -> None:
     assert [one.node for one in growth.frontier(1)[0]] == [children[3]]
 
 
+def test_a_preview_stands_whatever_a_draft_says_later() -> None:
+    growth = grown(())
+    leaf = growth.tree.children_of(0)[3]
+    growth.verified = frozenset([0, leaf])
+    said = torch.zeros(1, VOCABULARY)
+    said[0, 12] = 9.0
+    calibration = Calibration(temperature=0.1, miss=0.001)
+    growth.preview([leaf], said, calibration, 0.0)
+    foreseen = growth.tree.scores[growth.tree.children_of(leaf)[12]]
+    nodes = growth.open([one for one in growth.frontier(8)[0] if one.node == leaf])
+    growth.forward(nodes)
+    growth.tree.add(5, leaf, growth.tree.scores[leaf])  # guessed meanwhile
+    other = torch.zeros(1, VOCABULARY)
+    other[0, [5, 9]] = 9.0
+    growth.take(nodes, other, 0.1, 0.001)
+    children, scores = growth.tree.children_of(leaf), growth.tree.scores
+    assert scores[children[12]] == pytest.approx(foreseen)
+    assert scores[children[5]] <= scores[leaf] + math.log(calibration.miss) + 1e-6
+    assert 9 not in children or scores[children[9]] < scores[children[12]]
+
+
 def test_of_equals_the_target_takes_the_first() -> None:
     logits = torch.zeros(1, VOCABULARY)
     logits[0, [4, 3, 9]] = 5.0
@@ -200,12 +221,15 @@ def test_the_frontier_has_room_for_what_it_opens_and_parents_come_first() -> Non
     for capacity in (10, 20, 40, 80):
         growth = guessing([chance.randrange(4) for _ in range(60)])
         growth.capacity = capacity
-        for _ in range(12):
+        for turn in range(12):
+            if turn == 3:  # a sweep begins: each of its nodes that is forwarded takes a shadow as well
+                growth.verified = frozenset(range(len(growth.tree)))
             nodes = forwarded(growth, chance.randint(1, 6))
             for node in nodes:
                 parent = growth.tree.parents[node]
                 assert parent not in nodes or nodes.index(parent) < nodes.index(node)
             if not nodes:
                 break
-            growth.take(nodes, torch.randn(len(nodes), VOCABULARY), 0.1, 0.001)
-            assert len(growth.tree) <= capacity
+            logits = (0.1, 1.0)[turn % 2] * torch.randn(len(nodes), VOCABULARY)  # flat: with all children
+            growth.take(nodes, logits, 0.1, 0.0)
+            assert len(growth.tree) + len(growth.tree.shadows) <= capacity

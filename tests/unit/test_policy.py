@@ -124,7 +124,10 @@ def test_nothing_is_drafted_where_nothing_pays() -> None:
 @pytest.mark.parametrize("link_s", [0.0, 2.7])
 @pytest.mark.parametrize("agreement", [0.85, 0.9, 0.95, 0.97])
 def test_texts_end_sooner_if_the_policy_knows_their_end(agreement: float, link_s: float) -> None:
-    """Over all lengths; by how much, computing the best decisions backwards says: one to two per cent."""
+    """Over all lengths; by how much, computing the best decisions backwards says: one to two per cent.
+
+    Behind a slow link drafting is nearly free, trees are deep anyway, and it only must do no harm.
+    """
     known = times(0.06, 0.76, 0.022, link_s)
     chooser = policy(known, best_chain_rate(known, agreement))
     chooser.agreement = agreement
@@ -188,12 +191,13 @@ def test_a_gap_takes_the_width_that_brings_most_a_second() -> None:
 def test_a_preview_takes_a_small_part_of_the_gaps_and_nothing_where_there_are_none() -> None:
     for link_s in (0.0, 1.0, 4.0, 40.0):
         made = policy(times(0.01, 0.5, 0.001, link_s))
-        made.times.observe_preview(32, 0.5, 0.2)  # 10 ms a row through all layers
+        made.times.observe_preview(32, 0.5, 0.2)
+        row_s = 0.2 / 32 / (0.5 + 0.15)  # through all layers; the head is 0.15 of them
         gap_s = made.times.gap_s(0.0, 20)
         for swept in (0.2, 0.6, 1.0):
             rows = made.preview(0.0, 20, swept)
             assert 0 <= rows <= PREVIEW_ROWS
-            assert rows * 0.01 * (1 - swept) <= PREVIEW_SHARE * gap_s
+            assert rows * row_s * (1 - swept + 0.15) <= PREVIEW_SHARE * gap_s
             assert rows or gap_s < 0.2
         assert made.preview(0.0, 20, 1.0) >= made.preview(0.0, 20, 0.2), "the fewer layers, the more rows"
     assert made.preview(0.0, 20, 0.2) == PREVIEW_ROWS

@@ -40,6 +40,19 @@ def test_what_drafts_say_is_learnt_too_and_the_text_has_the_last_word() -> None:
     assert recycled.tail == [1, 2, 5]
 
 
+def test_the_contexts_that_nothing_was_learnt_of_for_longest_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("subspec.speculation.recycled.MOST_CONTEXTS", 100)
+    recycled = Recycled([1, 2])
+    for token in range(1000):
+        recycled.learn([token], [token + 1], [0.0])
+        recycled.learn([7], [8], [0.0])
+    assert len(recycled._after) == 100
+    found = [token for token in range(1000) if recycled.guess([token], silent) is not None]
+    assert found == [7, *range(901, 1000)]
+
+
 def test_where_tokens_are_drawn_the_noise_of_the_place_chooses_among_the_candidates() -> None:
     recycled = Recycled([1, 2])
     recycled.learn([1, 2], [9, 8, 7], [3.0, 2.0, 0.0])

@@ -27,7 +27,7 @@ from subspec.models.decoder import prefix_rows
 from subspec.speculation.decode import decode
 from subspec.speculation.draft import TreeShape
 from subspec.speculation.noise import gumbel_noise
-from subspec.speculation.sampling import NUCLEUS_GUESS, Sampler, keep, penalized, rank
+from subspec.speculation.sampling import NOISY_POSITIONS, NUCLEUS_GUESS, Sampler, keep, penalized, rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,6 +214,21 @@ def test_the_draft_ranks_its_guesses_under_the_targets_noise() -> None:
         assert tokens[0][0] == sampler.choose(logits[0], 9, [4, 5]), name
         assert logs[0] == sorted(logs[0], reverse=True)
         assert sum(np.exp(logs[0])) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", ["temperature", "all"])
+def test_noise_that_was_forgotten_is_the_same_again(name: str) -> None:
+    """A preview asks for more positions than are kept: each row is as if it had been asked for alone."""
+    params, places = FILTERS[name], [place % 40 for place in range(90)]
+    logits = 3 * torch.randn(len(places), 50, generator=torch.Generator().manual_seed(3))
+    together = Sampler(params, [1])
+    tokens, scores = together.candidates(logits, places, [[2]] * len(places), 5)
+    assert len(together._uniform) <= NOISY_POSITIONS
+    for row, place in enumerate(places):
+        alone = Sampler(params, [1]).candidates(logits[row : row + 1], [place], [[2]], 5)
+        assert torch.equal(tokens[row], alone[0][0])
+        assert torch.equal(scores[row], alone[1][0])
+        assert together.choose(logits[row], place) == Sampler(params, [1]).choose(logits[row], place)
 
 
 def kept_in_order(values: torch.Tensor, params: SamplingParams) -> list[int]:

@@ -163,7 +163,7 @@ class Engine:
         return (yield from self.drafter.preview_steps(hidden, self._sweeper.layers_done, rows))
 
     def capture_level(self, rows: Rows, then: Callable[[torch.Tensor], object], key: object) -> None:
-        """Make ``draft_level`` of a key cheap; runs the pass some times, or never, if the key is new.
+        """Make ``draft_level`` of a key cheap: if the key is new, the pass may run some times.
 
         Args:
             rows: the same tensors for the same key, whatever is in them.

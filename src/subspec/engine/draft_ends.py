@@ -4,8 +4,9 @@ The output head is 4-bit, but for the few tokens that compete for the first plac
 by a quarter or so, which decides between tokens that lie close.  Their exact rows are looked up, most often
 in the cache: the same rows are looked up as embeddings once a token is drafted.
 
-In a sweep's gap a draft reads nothing: the link is busy, and a row would wait behind all that the sweep has
-asked for.  Then the 4-bit head stands in for rows that the cache lacks.
+In a sweep's gap a read is avoided where it can be: the link is busy, and a row would wait behind all that the
+sweep has asked for.  Then the 4-bit head stands in for rows that the cache lacks; where embeddings and head
+are not tied, no substitute of an embedding exists, and it is read.
 """
 
 from typing import Protocol

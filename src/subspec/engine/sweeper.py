@@ -53,8 +53,11 @@ class Sweeper:
         wanted = hidden[-1:] if last_only else hidden
         logits, normed = self._arithmetic.logits(len(wanted)), torch.empty_like(wanted)
         norm = Step("norm", lambda _: normed.copy_(self._arithmetic.normed(wanted)), streamed=False)
-        self._schedule.sweep([*self._layer_steps(hidden, rows), norm, *self._head_steps(normed, logits)], gap)
-        self.hidden = torch.empty(0)  # nobody looks at it any more, and a prompt's is large
+        steps = [*self._layer_steps(hidden, rows), norm, *self._head_steps(normed, logits)]
+        try:
+            self._schedule.sweep(steps, gap)
+        finally:
+            self.hidden = torch.empty(0)  # nobody looks at it any more, and a prompt's is large
         if (timeline := self._schedule.timeline) is not None:
             timeline.span("sweep", "sweep", start, time.perf_counter(), rows=len(rows))
         return logits  # (T, V)

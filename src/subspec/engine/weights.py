@@ -164,10 +164,12 @@ class Weights:
     def _choose_product(self, slots: Sequence[torch.Tensor]) -> ExactProduct:
         """The start-up check of row-invariance, on this model's shapes, in memory that is not in use yet."""
         hidden = self._store.config.hidden_size
-        shapes = [(matrix.n, matrix.k) for matrix in self._matrices] + [(self._chunks[0].stop, hidden)]
+        shapes = [(matrix.n, matrix.k) for matrix in self._matrices]
+        biased = [shape for shape, bias in zip(shapes, self._biases[0], strict=True) if bias is not None]
+        shapes += [(chunk.stop - chunk.start, hidden) for chunk in self._chunks]
         fits = bool(slots) and len(slots[0]) >= self._largest
         scratch = slots[0] if fits else place_bytes(self._largest, self._near.device)
-        return choose_product(shapes, self._store.dtype, scratch)
+        return choose_product(shapes, self._store.dtype, scratch, biased)
 
     def _scratch(self) -> torch.Tensor | None:
         """Memory for the largest weight, if products cannot rebuild weights as they go; in the workspace."""

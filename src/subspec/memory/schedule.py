@@ -64,7 +64,6 @@ class Schedule:
         Raises:
             StoreError: the stream broke; the next sweep starts afresh.
         """
-        self.in_gap = False  # a gap that raised left it set
         if self.streamer is not None:
             self.streamer.rewind()
         for step in steps:
@@ -80,15 +79,18 @@ class Schedule:
         if gap is None or self.streamer is None or self.streamer.ready():
             return
         start, self.in_gap = time.perf_counter(), True
-        while True:
-            self.backend.record(self._caught_up, self.backend.compute)
-            if not self.backend.done(self._caught_up):
-                self.backend.host_wait(self._caught_up)
-                if self.streamer.ready():
+        try:
+            while True:
+                self.backend.record(self._caught_up, self.backend.compute)
+                if not self.backend.done(self._caught_up):
+                    self.backend.host_wait(self._caught_up)
+                    if self.streamer.ready():
+                        break
+                if not gap() or self.streamer.ready():
                     break
-            if not gap() or self.streamer.ready():
-                break
-        end, self.in_gap = time.perf_counter(), False
+        finally:
+            self.in_gap = False
+        end = time.perf_counter()
         self.gap_s += end - start
         if self.timeline is not None:
             self.timeline.span("gaps", "drafting", start, end)

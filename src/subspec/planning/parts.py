@@ -14,11 +14,13 @@ from subspec.planning.cost import Images
 from subspec.speculation.calibration import CANDIDATES
 from subspec.speculation.draft import TreeShape
 from subspec.speculation.preview import PREVIEW_ROWS
+from subspec.speculation.sampling import NOISY_POSITIONS
 from subspec.store.layout import head_chunks, layer_bytes, layer_matrices
 from subspec.substitute.layout import tile_bytes
 
 EMBEDDING_CACHE_BYTES = 8 * MIB
-NOISE_BYTES = 4  # a position's noise, per vocabulary entry
+NOISE_BYTES = 4  # a position's noise on a device, per vocabulary entry
+UNIFORM_BYTES = 8  # what it is made from, on the CPU
 SAMPLING_BYTES = 48  # temporaries of one row's filters, per vocabulary entry
 STAGING_BYTES = (
     STAGING_BUFFERS * THREADS * REQUEST_BYTES
@@ -71,7 +73,7 @@ def fast_parts(
             cache_bytes(config, wishes["context"] + tree_slots(tree, device=device), itemsize)
         ),
         "embedding_cache": page_aligned(cache_rows(config, itemsize) * config.hidden_size * itemsize),
-        "workspace": _workspace(config, itemsize, wishes, tree) + images.scratch,
+        "workspace": _workspace(config, itemsize, wishes, tree, device=device) + images.scratch,
     }
     if device:
         parts["embedding_cache"] = 0
@@ -122,14 +124,22 @@ def _tree(wishes: dict[str, Any]) -> TreeShape:
     return TreeShape(wishes["depth"], wishes["width"], wishes["nodes"])
 
 
-def _workspace(config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree: TreeShape) -> int:
-    """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables."""
+def _workspace(
+    config: ModelConfig, itemsize: int, wishes: dict[str, Any], tree: TreeShape, *, device: bool
+) -> int:
+    """Largest sum of temporaries: activations of a chunk, logits, noise, rotary tables.
+
+    Beside a sweep's logits there are those of a draft pass or, without a device, of a preview.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = (config.heads + 2 * config.kv_heads) * config.head_dim
     rows = max(wishes["prefill_rows"], tree.verified)
     activations = rows * (4 * hidden + 2 * attention + 3 * inner) * itemsize
     prompt = wishes["context"] * (hidden * itemsize + 64)
-    logits = (tree.verified + 2 * tree.width) * config.vocab_size * itemsize
-    sampling = config.vocab_size * ((tree.depth + 1) * NOISE_BYTES + SAMPLING_BYTES)
+    drafted = 2 * tree.width if device else max(2 * tree.width, PREVIEW_ROWS)
+    logits = (tree.verified + drafted) * config.vocab_size * itemsize
+    positions = tree.depth + 1
+    noise = positions * NOISE_BYTES if device else min(positions, NOISY_POSITIONS) * UNIFORM_BYTES
+    sampling = config.vocab_size * (noise + SAMPLING_BYTES)
     tables = (wishes["context"] + tree.drafted) * config.head_dim * 4
     return int(activations + prompt + logits + sampling + tables)

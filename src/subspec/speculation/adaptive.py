@@ -162,7 +162,8 @@ class Speculation:
         self._learn_link(after)
         policy.drafted_in_gaps(used_in_gaps_s, gap_s)
         policy.stepped(len(walked.tokens), end - start, len(nodes) > 1)
-        wasted_s = max(growth.spent_s - following.spent_s - used_s, 0.0)
+        kept_s = following.spent_s if len(walked.tokens) < remaining else 0.0
+        wasted_s = max(growth.spent_s + self._gaps.forgotten_s - kept_s - used_s, 0.0)
         verify_s = end - start - drafting_s
         commit = Commit(walked.tokens, False, drafted, len(nodes), drafting_s, verify_s, gap_s, wasted_s)
         if timeline is not None:

@@ -33,7 +33,9 @@ BINS = 10  # of the reliability record
 
 @dataclass(frozen=True)
 class Reliability:
-    """What was promised and what came, by promised probability: bin i holds (i / 10, (i + 1) / 10].
+    """What was promised and what came, by promised probability: bin i holds [i / 10, (i + 1) / 10).
+
+    The last bin holds 1 as well.
 
     Attributes:
         promised: sum of the probabilities of a bin's candidates.

@@ -16,7 +16,8 @@ class Commit:
         verified: nodes that the sweep verified.
         draft_s: seconds spent drafting before the sweep; ``gap_s``: in its gaps.
         verify_s: seconds from the start of the sweep to the commit, its gaps included.
-        wasted_s: seconds of draft passes whose guesses came to nothing; None where nobody counts them.
+        wasted_s: seconds of draft passes whose guesses came to nothing, previews left out; None where nobody
+            counts them.
     """
 
     tokens: list[int]

@@ -41,7 +41,7 @@ class DevicePasses(Protocol):
         ...
 
     def capture_level(self, rows: Rows, then: Callable[[torch.Tensor], object], key: object) -> None:
-        """Make ``draft_level`` of a key cheap; runs the pass some times, or never, if the key is new.
+        """Make ``draft_level`` of a key cheap: if the key is new, the pass may run some times.
 
         Args:
             rows: the same tensors for the same key, whatever is in them.

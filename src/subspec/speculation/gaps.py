@@ -38,6 +38,9 @@ class GapFiller:
         passes: the model.
         growth: the tree.
         previews: of the sweep.
+
+    Attributes:
+        forgotten_s: seconds of a draft pass that the sweep's end broke off and nobody needs.
     """
 
     def __init__(self, policy: Policy, passes: AdaptivePasses, growth: Growth, previews: Previews) -> None:
@@ -46,6 +49,7 @@ class GapFiller:
         self._pass: Generator[None, None, torch.Tensor] | None = None
         self._pass_s = 0.0
         self._end: Callable[[torch.Tensor], None] = self._drafted
+        self.forgotten_s = 0.0
 
     def advance(self) -> bool:
         """One layer of a pass; False if there is nothing worth drafting."""
@@ -69,9 +73,10 @@ class GapFiller:
             top: the node that the next step begins with, if the tree has it.
         """
         unfinished, self._pass = self._pass, None
-        if unfinished is None or top is None:
+        if unfinished is None:
             return
-        if set(self._nodes).isdisjoint(self._growth.tree.below(top)):
+        if top is None or set(self._nodes).isdisjoint(self._growth.tree.below(top)):
+            self.forgotten_s = self._pass_s if self._end == self._drafted else 0.0
             return
         start = time.perf_counter()
         logits = finished(unfinished)
@@ -100,7 +105,7 @@ class GapFiller:
         calibration = previews.due(swept)
         if calibration is None:
             return False
-        most = self._policy.preview(previews.drafting_s, len(previews.nodes), swept)
+        most = self._policy.preview(previews.drafting_s, previews.rows, swept)
         nodes = growth.open_below(previews.nodes, most)
         if not nodes:
             return False

@@ -5,8 +5,9 @@ their likely children.  The same growth goes on while a sweep verifies a part of
 that is forwarded then gets a shadow slot, since the sweep writes exact keys and values into its own.  After
 the walk, ``continue_from`` keeps what was grown below the next root.
 
-The host reads one small table of guesses a pass; what it decides rests on that alone.  Knows nothing of times
-(``policy`` decides how wide and how long) or of where keys and values are kept.
+The host reads one small table of guesses a pass; what it decides rests on that alone.  Decides nothing by
+times, which it only adds up (``policy`` decides how wide and how long), and knows nothing of where keys and
+values are kept.
 """
 
 import math
@@ -61,6 +62,7 @@ class Growth:
         verified: nodes in the sweep under way; empty while there is none.
         recycled: guesses that draft passes try.
         previewed: what previews of that sweep said of its nodes, and by which calibration.
+        foreseen: of these, by node, the last ones: they stand, whatever a draft says later.
     """
 
     tree: DraftTree
@@ -73,6 +75,7 @@ class Growth:
     verified: frozenset[int] = frozenset()
     recycled: Recycled = field(default_factory=lambda: Recycled(()))
     previewed: list[tuple[int, Calibration, Guess]] = field(default_factory=list)
+    foreseen: dict[int, tuple[Calibration, Guess]] = field(default_factory=dict)
     _forwarded: set[int] = field(default_factory=set)
     _tried: dict[int, int] = field(default_factory=dict)  # guesses in the pass under way, and their kinds
 
@@ -199,7 +202,7 @@ class Growth:
                     self.recycled.observe(kind, 0.0 if place is None else math.exp(guess.logs[place]))
             if guess.tokens:
                 self._recycle(node, guess)
-            self._add_children(node, guess, least_score)
+            self._add_children(node, *self.foreseen.get(node, (self.calibration, guess)), least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         self._tried.clear()
         return likeliest
@@ -228,7 +231,8 @@ class Growth:
             if len(self.tree) + len(self.tree.shadows) + CHILDREN > self.capacity:
                 return
             self.previewed.append((node, calibration, guess))
-            self._add_children(node, guess, least_score)
+            self.foreseen[node] = calibration, guess
+            self._add_children(node, calibration, guess, least_score)
 
     def _guesses(
         self, nodes: list[int], logits: torch.Tensor, calibration: Calibration, seconds: float
@@ -255,7 +259,7 @@ class Growth:
             )
         return guesses
 
-    def _add_children(self, node: int, guess: Guess, least_score: float) -> None:
+    def _add_children(self, node: int, calibration: Calibration, guess: Guess, least_score: float) -> None:
         """Children that are likely enough; one that is there already gets the better founded score."""
         tree = self.tree
         there = tree.children_of(node)
@@ -268,8 +272,8 @@ class Growth:
                 tree.rescore(there.pop(token), score)
             else:
                 tree.add(token, node, score)
-        unlikely = math.log(max(self.calibration.miss, 1e-6))
-        for child in there.values():  # guessed elsewhere, and not by the draft
+        unlikely = math.log(max(calibration.miss, 1e-6))
+        for child in there.values():  # guessed elsewhere, and not here
             tree.rescore(child, min(tree.scores[child], tree.scores[node] + unlikely))
 
     @property

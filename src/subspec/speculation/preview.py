@@ -33,12 +33,17 @@ class Previews:
         first: number of the row that the first of them is.
         drafting_s: seconds that were drafted before it.
         calibrations: one a point.
+
+    Attributes:
+        nodes, drafting_s: as given.
+        rows: of the sweep.
     """
 
     def __init__(
         self, nodes: Sequence[int], first: int, drafting_s: float, calibrations: Sequence[Calibration]
     ) -> None:
         self.nodes, self.drafting_s = list(nodes), drafting_s
+        self.rows = first + len(nodes)
         self._rows = {node: first + place for place, node in enumerate(nodes)}
         self._left = list(zip(POINTS, calibrations, strict=True))
 

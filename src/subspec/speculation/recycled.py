@@ -16,6 +16,7 @@ from dataclasses import dataclass
 Noise = Callable[[Sequence[int]], Sequence[float]]
 
 CONTEXT = 3  # most tokens that a guess goes by
+MOST_CONTEXTS = 1 << 16  # remembered, some 20 MB; those that nothing was learnt of for longest are forgotten
 _PRIOR_RIGHT = (0.75, 0.55, 0.25)  # by kind: the last three tokens are the same, two, one
 _MEMORY = 0.97
 
@@ -57,13 +58,13 @@ class Recycled:
             for context in _contexts(self.tail):
                 known = self._after.get(context)
                 if known is None or token not in known[0]:
-                    self._after[context] = ([token], [0.0])
+                    self._remember(context, [token], [0.0])
             self.tail = [*self.tail[1 - CONTEXT :], token]
 
     def learn(self, context: Sequence[int], tokens: Sequence[int], scores: Sequence[float]) -> None:
         """After tokens that end like ``context`` a draft saw these candidates, with scores without noise."""
         for known in _contexts(context):
-            self._after[known] = (tokens, scores)
+            self._remember(known, tokens, scores)
 
     def guess(self, context: Sequence[int], noise: Noise) -> Successor | None:
         """What may follow tokens that end like ``context``; None if nothing is known.
@@ -82,6 +83,13 @@ class Recycled:
                 kind += CONTEXT - min(CONTEXT, len(context))
                 return Successor(tokens[best], self._right[kind], kind)
         return None
+
+    def _remember(self, context: tuple[int, ...], tokens: Sequence[int], scores: Sequence[float]) -> None:
+        """The newest of a context, and forget the oldest context of too many."""
+        self._after.pop(context, None)
+        self._after[context] = tokens, scores
+        if len(self._after) > MOST_CONTEXTS:
+            self._after.pop(next(iter(self._after)))
 
     def observe(self, kind: int, chance: float) -> None:
         """The draft gave a guess this probability."""

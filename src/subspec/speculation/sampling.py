@@ -18,6 +18,7 @@ from subspec.speculation.noise import gumbel, likeliest_under_noise, uniform_num
 
 GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
 CANDIDATES = 64  # of a draft row, ranked under the noise
+NOISY_POSITIONS = 20  # whose noise is kept; that of others is made anew when it is asked for
 NUCLEUS_GUESS = 1024  # logits looked at first by top-p; a nucleus that is larger costs a full sort
 
 
@@ -156,16 +157,14 @@ class Sampler:
             divided by the temperature and perturbed where tokens are drawn; −∞ where a row has fewer.
         """
         self._vocabulary = logits.shape[-1]
-        if self.params.repetition_penalty != 1.0:
-            weakened = [self._penalized(row.float(), path) for row, path in zip(logits, paths, strict=True)]
-            logits = torch.stack(weakened)
-        if self.params.samples:
-            rows = [self._uniform_at(position) for position in positions]
-
-            def noise(tokens: torch.Tensor) -> torch.Tensor:
-                return gumbel(np.stack([row[own] for row, own in zip(rows, tokens.numpy(), strict=True)]))
-
-        return rank(logits, noise if self.params.samples else None, self.params, count, self._candidates)
+        if self.params.repetition_penalty == 1.0:
+            return self._ranked(logits, positions, count)
+        ranked = [  # a row at a time: all of them in fp32 would be large
+            self._ranked(self._penalized(row.float(), path)[None], [position], count)
+            for row, position, path in zip(logits, positions, paths, strict=True)
+        ]
+        tokens, scores = zip(*ranked, strict=True)
+        return torch.cat(tokens), torch.cat(scores)
 
     def guess(
         self, logits: torch.Tensor, position: int, paths: Sequence[Sequence[int]], width: int
@@ -195,6 +194,17 @@ class Sampler:
         """The noise that some tokens, of those that ``candidates`` gave, have at ``position``."""
         return gumbel(self._uniform_at(position)[list(tokens)]).tolist()
 
+    def _ranked(
+        self, logits: torch.Tensor, positions: Sequence[int], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``rank`` of penalized logits (T, V) for tokens at ``positions``."""
+
+        def noise(tokens: torch.Tensor) -> torch.Tensor:
+            rows = zip(positions, tokens.numpy(), strict=True)
+            return gumbel(np.stack([self._uniform_at(position)[own] for position, own in rows]))
+
+        return rank(logits, noise if self.params.samples else None, self.params, count, self._candidates)
+
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""
         if self.params.repetition_penalty == 1.0:
@@ -204,9 +214,12 @@ class Sampler:
 
     def _uniform_at(self, position: int) -> np.ndarray:
         """What a position's noise is made from, (V,); the same for a seed and position whenever asked."""
-        row = self._uniform.get(position)
+        row = self._uniform.pop(position, None)
         if row is None:
-            row = self._uniform[position] = uniform_numbers(self.params.seed, position, self._vocabulary)
+            if len(self._uniform) >= NOISY_POSITIONS:
+                self._uniform.pop(next(iter(self._uniform)))  # the one that was asked for longest ago
+            row = uniform_numbers(self.params.seed, position, self._vocabulary)
+        self._uniform[position] = row
         return row
 
 
