@@ -62,7 +62,6 @@ class Growth:
         verified: nodes in the sweep under way; empty while there is none.
         recycled: guesses that draft passes try.
         previewed: what previews of that sweep said of its nodes, and by which calibration.
-        foreseen: of these, by node, the last ones: they stand, whatever a draft says later.
     """
 
     tree: DraftTree
@@ -75,7 +74,6 @@ class Growth:
     verified: frozenset[int] = frozenset()
     recycled: Recycled = field(default_factory=lambda: Recycled(()))
     previewed: list[tuple[int, Calibration, Guess]] = field(default_factory=list)
-    foreseen: dict[int, tuple[Calibration, Guess]] = field(default_factory=dict)
     _forwarded: set[int] = field(default_factory=set)
     _tried: dict[int, int] = field(default_factory=dict)  # guesses in the pass under way, and their kinds
 
@@ -202,7 +200,7 @@ class Growth:
                     self.recycled.observe(kind, 0.0 if place is None else math.exp(guess.logs[place]))
             if guess.tokens:
                 self._recycle(node, guess)
-            self._add_children(node, *self.foreseen.get(node, (self.calibration, guess)), least_score)
+            self._add_children(node, self.calibration, guess, least_score)
             likeliest.append(math.exp(guess.logs[0]) if guess.logs else 0.0)
         self._tried.clear()
         return likeliest
@@ -221,6 +219,8 @@ class Growth:
     ) -> None:
         """What the sweep will probably say of some of its nodes: it takes the place of what the draft said.
 
+        A draft pass that forwards one of them later has its say again; to let previews stand gained nothing.
+
         Args:
             nodes: parents before children.
             logits: (T, V) of a preview.
@@ -231,7 +231,6 @@ class Growth:
             if len(self.tree) + len(self.tree.shadows) + CHILDREN > self.capacity:
                 return
             self.previewed.append((node, calibration, guess))
-            self.foreseen[node] = calibration, guess
             self._add_children(node, calibration, guess, least_score)
 
     def _guesses(
