@@ -47,7 +47,7 @@ def test_no_call_is_longer_or_shorter_than_those_that_were_tried(
         assert torch.allclose(found, x @ weight.T, atol=1e-4)
         sizes = [size for size, _, _ in calls]
         assert sum(sizes) >= rows
-        assert (min(sizes), max(sizes)) >= (4, 4)
+        assert min(sizes) >= 4
         assert max(sizes) <= 256
         assert way.rows_a_call is None or set(sizes) == {16}
 
@@ -77,7 +77,7 @@ def test_a_library_whose_short_calls_sum_otherwise_is_not_believed(
 
     monkeypatch.setattr(F, "linear", otherwise)
     way = chosen()
-    assert min(way.rows_a_call or way.least_rows, 16) == 16, "less than 9 rows a call"
+    assert (way.rows_a_call or way.least_rows) >= 16, "less than 9 rows a call"
 
 
 def test_if_no_way_passes_it_is_said(

@@ -97,7 +97,7 @@ class Engine:
         self._small = {name: value.to(self._backend.device) for name, value in small.items()}
         self.rows = self.places.embedding(store, checksums)
         self.cache = KVCache(self.config, plan.cache_slots, store.dtype, self.places.near)
-        arithmetic = Arithmetic(
+        self._arithmetic = Arithmetic(
             self.config, self._small, self.cache, self._backend, self.ledger, plan.prefill_rows
         )
         slots = self.places.slots()
@@ -105,8 +105,8 @@ class Engine:
         staging, self.exchange = self.places.staging(), self.places.exchange()
         self.places.pin()  # all that lies near has been written by now, and a streamer copies at once
         self.schedule = Schedule(self._backend, self._streamer(slots, staging, paranoid))
-        self._sweeper = Sweeper(arithmetic, self.weights, self.rows, self.schedule)
-        self.drafter = Drafter(arithmetic, self.weights, self.rows, self.schedule)
+        self._sweeper = Sweeper(self._arithmetic, self.weights, self.rows, self.schedule)
+        self.drafter = Drafter(self._arithmetic, self.weights, self.rows, self.schedule)
 
     def _streamer(
         self, slots: list[torch.Tensor], staging: list[torch.Tensor], paranoid: bool
@@ -215,7 +215,7 @@ class Engine:
 
     def run(self, work: Callable[[], object], note: str) -> None:
         """Launch ``work`` on the compute stream; it computes in place with what passes left there."""
-        self._backend.launch(self._backend.compute, work, note=note)
+        self._arithmetic.launch(work, note)
 
     def settle(self) -> None:
         """Wait for a device to finish what was done outside of launches, such as the making of tensors."""

@@ -11,7 +11,6 @@ from subspec.engine.weights import Weights, WeightUnit
 from subspec.memory.schedule import Gap, Schedule, Step
 from subspec.models.decoder import LayerProducts, Rows
 from subspec.models.kv_ledger import LedgeredPass
-from subspec.store.layout import head_chunks
 from subspec.store.rows import EmbeddingRows
 from subspec.store.table import EmbeddingTable
 
@@ -72,10 +71,11 @@ class Sweeper:
 
     def _head_steps(self, normed: torch.Tensor, logits: torch.Tensor) -> list[Step]:
         """Every chunk of the output head, written to its columns of ``logits``."""
-        chunks = head_chunks(self._arithmetic.config, logits.dtype.itemsize)
+        head = self._weights.head
+        columns = torch.split(logits, [unit.matrices[0].n for unit in head], dim=1)
         return [
-            _step(unit, partial(self._chunk, unit, normed, logits[:, chunk.start : chunk.stop]))
-            for unit, chunk in zip(self._weights.head, chunks, strict=True)
+            _step(unit, partial(self._chunk, unit, normed, own))
+            for unit, own in zip(head, columns, strict=True)
         ]
 
     def _layer(

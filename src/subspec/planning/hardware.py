@@ -82,8 +82,8 @@ def measure_costs(store: Store) -> SweepCosts:
 
 def _link_bytes_per_s(store: Store) -> float:
     """How fast a sweep's images come once the disk has settled."""
-    images = store.images()
-    sweep_bytes = sum(path.stat().st_size for path in images)
+    images, sizes = store.images(), stored_images(store)
+    sweep_bytes = sum(sizes.layers + sizes.chunks)
     settling = min(SETTLING_BYTES, SETTLING_SWEEPS * sweep_bytes)
     timed = min(READ_BYTES, READ_SWEEPS * sweep_bytes)
     measure_read(images, THREADS, REQUEST_BYTES, settling)

@@ -44,7 +44,7 @@ class Previews:
     ) -> None:
         self.nodes, self.drafting_s = list(nodes), drafting_s
         self.rows = first + len(nodes)
-        self._rows = {node: first + place for place, node in enumerate(nodes)}
+        self._row_of = {node: first + place for place, node in enumerate(nodes)}
         self._left = list(zip(POINTS, calibrations, strict=True))
 
     def due(self, swept: float) -> Calibration | None:
@@ -60,4 +60,4 @@ class Previews:
 
     def numbers(self, nodes: Sequence[int]) -> list[int]:
         """Their rows in the sweep."""
-        return [self._rows[node] for node in nodes]
+        return [self._row_of[node] for node in nodes]
