@@ -17,78 +17,59 @@ struct Activations {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 constexpr int kMaxRows = 8;
-constexpr int kMaxStripes = 2;
+constexpr int64_t kAhead = 10 * kTileBytes; // how far ahead of its use a tile is prefetched, to L2: L1 waits for few lines at once
 
 LOWBIT_INLINE __m512 sixteen_bfloat16(const void* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
-// `out` is [stripe][row][16].  `ahead` is where to prefetch, in bytes from the tile at hand.
-template <int rows, int stripes>
-static void stripe_product(const uint8_t* tiles, int64_t stripe_bytes, const Activations& x, int64_t ahead, float* out) {
-  constexpr int split = rows * stripes <= 2 ? 2 : 1; // more sums in flight where there would be few
+// `out` is [row][16].
+template <int rows> static void stripe_product(const uint8_t* tiles, const Activations& x, float* out) {
+  constexpr int split = rows <= 2 ? 2 : 1; // more sums in flight where there would be few
   const __m512i low_nibbles = _mm512_set1_epi8(15);
-  __m512 acc[stripes][rows];
+  __m512 acc[rows];
 #pragma GCC unroll 8
-  for (int b = 0; b < stripes; b++)
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) acc[b][m] = _mm512_setzero_ps();
+  for (int m = 0; m < rows; m++) acc[m] = _mm512_setzero_ps();
   for (int64_t g = 0; g < x.groups; g++) {
     const uint8_t* tile = tiles + g * kTileBytes;
     const int32_t* codes = (const int32_t*)(x.codes + g * rows * kGroup);
-    __m512i sum[stripes][rows][split];
+    __m512i sum[rows][split];
 #pragma GCC unroll 8
-    for (int b = 0; b < stripes; b++)
+    for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-      for (int m = 0; m < rows; m++)
-#pragma GCC unroll 8
-        for (int h = 0; h < split; h++) sum[b][m][h] = _mm512_setzero_si512();
+      for (int h = 0; h < split; h++) sum[m][h] = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++) {
-      __m512i low[stripes], high[stripes];
-#pragma GCC unroll 8
-      for (int b = 0; b < stripes; b++) {
-        const uint8_t* line = tile + b * stripe_bytes + t * 64;
-        _mm_prefetch((const char*)line + ahead, _MM_HINT_T0);
-        __m512i both = _mm512_loadu_si512(line);
-        low[b] = _mm512_and_si512(both, low_nibbles);
-        high[b] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
-      }
+      _mm_prefetch((const char*)tile + t * 64 + kAhead, _MM_HINT_T2);
+      const __m512i both = _mm512_loadu_si512(tile + t * 64);
+      const __m512i low = _mm512_and_si512(both, low_nibbles);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
 #pragma GCC unroll 8
       for (int m = 0; m < rows; m++) {
-        __m512i first = _mm512_set1_epi32(codes[m * 16 + 2 * t]), second = _mm512_set1_epi32(codes[m * 16 + 2 * t + 1]);
-#pragma GCC unroll 8
-        for (int b = 0; b < stripes; b++) {
-          sum[b][m][0] = _mm512_dpbusd_epi32(sum[b][m][0], low[b], first);
-          sum[b][m][split - 1] = _mm512_dpbusd_epi32(sum[b][m][split - 1], high[b], second);
-        }
+        sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], low, _mm512_set1_epi32(codes[m * 16 + 2 * t]));
+        sum[m][split - 1] = _mm512_dpbusd_epi32(sum[m][split - 1], high, _mm512_set1_epi32(codes[m * 16 + 2 * t + 1]));
       }
     }
+    const uint8_t* ends = tile + kCodeBytes;
+    _mm_prefetch((const char*)ends + kAhead, _MM_HINT_T2);
+    const __m512 scale = sixteen_bfloat16(ends);
+    const __m512 base = _mm512_sub_ps(sixteen_bfloat16(ends + 32), _mm512_mul_ps(scale, _mm512_set1_ps(8.0f)));
 #pragma GCC unroll 8
-    for (int b = 0; b < stripes; b++) {
-      const uint8_t* ends = tile + b * stripe_bytes + kCodeBytes;
-      _mm_prefetch((const char*)ends + ahead, _MM_HINT_T0);
-      __m512 scale = sixteen_bfloat16(ends);
-      __m512 base = _mm512_sub_ps(sixteen_bfloat16(ends + 32), _mm512_mul_ps(scale, _mm512_set1_ps(8.0f)));
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        __m512i whole = split == 2 ? _mm512_add_epi32(sum[b][m][0], sum[b][m][split - 1]) : sum[b][m][0];
-        __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[g * rows + m]));
-        acc[b][m] = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(whole), acc[b][m]);
-        acc[b][m] = _mm512_fmadd_ps(base, _mm512_set1_ps(x.sums[g * rows + m]), acc[b][m]);
-      }
+    for (int m = 0; m < rows; m++) {
+      const __m512i whole = split == 2 ? _mm512_add_epi32(sum[m][0], sum[m][split - 1]) : sum[m][0];
+      const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[g * rows + m]));
+      acc[m] = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(whole), acc[m]);
+      acc[m] = _mm512_fmadd_ps(base, _mm512_set1_ps(x.sums[g * rows + m]), acc[m]);
     }
   }
 #pragma GCC unroll 8
-  for (int b = 0; b < stripes; b++)
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) _mm512_storeu_ps(out + (b * rows + m) * 16, acc[b][m]);
+  for (int m = 0; m < rows; m++) _mm512_storeu_ps(out + m * 16, acc[m]);
 }
 
 #elif defined(__AVX2__)
 
 constexpr int kMaxRows = 8;
-constexpr int kMaxStripes = 1;
+constexpr int64_t kAhead = 6 * kTileBytes;
 
 // A sum of products in each of eight int32 lanes.  Without an instruction that adds up four products at once, the sum is
 // of int16 in twos until `widened`: they hold 16 products of at most 15 * 127.
@@ -155,8 +136,8 @@ template <int rows, bool first> LOWBIT_INLINE void add_half_tile(const uint8_t* 
 }
 
 // Not inlined: among other code the compiler finds fewer registers for it.
-template <int rows, int stripes>
-__attribute__((noinline)) static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t ahead, float* out) {
+template <int rows>
+__attribute__((noinline)) static void stripe_product(const uint8_t* tiles, const Activations& x, float* out) {
   __m256 acc[rows][2];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
@@ -164,7 +145,7 @@ __attribute__((noinline)) static void stripe_product(const uint8_t* tiles, int64
     const uint8_t* tile = tiles + g * kTileBytes;
     const int32_t* codes = (const int32_t*)(x.codes + g * rows * kGroup);
 #pragma GCC unroll 9
-    for (int64_t line = 0; line < kTileBytes; line += 64) _mm_prefetch((const char*)tile + line + ahead, _MM_HINT_T0);
+    for (int64_t line = 0; line < kTileBytes; line += 64) _mm_prefetch((const char*)tile + line + kAhead, _MM_HINT_T0);
     __m256i whole[rows][2];
     add_half_tile<rows, true>(tile, codes, whole);
     add_half_tile<rows, false>(tile + 256, codes + 8, whole);
@@ -193,7 +174,6 @@ __attribute__((noinline)) static void stripe_product(const uint8_t* tiles, int64
 #else // any processor: vectors of the compiler's own making
 
 constexpr int kMaxRows = 4;
-constexpr int kMaxStripes = 1;
 
 typedef int16_t v8s __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
@@ -209,8 +189,8 @@ LOWBIT_INLINE void byte_pairs(const int8_t* codes, uint32_t* pairs) {
 }
 LOWBIT_INLINE v8s repeat(uint32_t pair) { return (v8s)(v4i{} + (int32_t)pair); }
 
-template <int rows, int stripes>
-static void stripe_product(const uint8_t* tiles, int64_t, const Activations& x, int64_t, float* out) {
+template <int rows>
+static void stripe_product(const uint8_t* tiles, const Activations& x, float* out) {
   v4f acc[rows][4] = {};
   for (int64_t g = 0; g < x.groups; g++) {
     const uint8_t* tile = tiles + g * kTileBytes;

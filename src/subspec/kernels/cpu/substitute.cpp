@@ -89,38 +89,32 @@ void store_sixteen(const Product& p, int64_t row, int64_t column, const float* v
   for (int64_t i = 0; i < count; i++) store_element(p.dtype, p.y, at + i, from[i]);
 }
 
-template <int stripes>
-void multiply(int rows, const uint8_t* tiles, int64_t stripe_bytes, const Activations& x, int64_t ahead, float* out) {
+void multiply(int rows, const uint8_t* tiles, const Activations& x, float* out) {
   switch (rows) {
-    case 1: return stripe_product<1, stripes>(tiles, stripe_bytes, x, ahead, out);
-    case 2: return stripe_product<2, stripes>(tiles, stripe_bytes, x, ahead, out);
-    case 3: return stripe_product<3, stripes>(tiles, stripe_bytes, x, ahead, out);
-    case 4: return stripe_product<4, stripes>(tiles, stripe_bytes, x, ahead, out);
+    case 1: return stripe_product<1>(tiles, x, out);
+    case 2: return stripe_product<2>(tiles, x, out);
+    case 3: return stripe_product<3>(tiles, x, out);
+    case 4: return stripe_product<4>(tiles, x, out);
 #if defined(__AVX2__)
-    case 5: return stripe_product<5, stripes>(tiles, stripe_bytes, x, ahead, out);
-    case 6: return stripe_product<6, stripes>(tiles, stripe_bytes, x, ahead, out);
-    case 7: return stripe_product<7, stripes>(tiles, stripe_bytes, x, ahead, out);
-    default: return stripe_product<8, stripes>(tiles, stripe_bytes, x, ahead, out);
+    case 5: return stripe_product<5>(tiles, x, out);
+    case 6: return stripe_product<6>(tiles, x, out);
+    case 7: return stripe_product<7>(tiles, x, out);
+    default: return stripe_product<8>(tiles, x, out);
 #endif
   }
 }
 
-constexpr int64_t kAhead = 6 * kTileBytes; // how far ahead of its use a tile is prefetched
-constexpr int64_t kChunks = 8;             // shares of a product per thread: a late thread leaves its to the others
+constexpr int64_t kChunks = 8; // shares of a product per thread: a late thread leaves its to the others
 
-// All of a pass's rows with one or two neighbouring stripes.
-void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const Scratch& scratch, int64_t stripe, int stripes) {
-  int64_t stripe_bytes = scratch.groups * kTileBytes;
-  const uint8_t* tiles = p.tiles + stripe * stripe_bytes;
+// All of a pass's rows with one stripe.
+void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const Scratch& scratch, int64_t stripe) {
+  const uint8_t* tiles = p.tiles + stripe * scratch.groups * kTileBytes;
   for (int64_t b = 0; b < blocks.count; b++) {
     int64_t start = blocks.start(b);
     int rows = (int)(blocks.start(b + 1) - start);
-    alignas(64) float out[kMaxStripes * kMaxRows * 16];
-    if (stripes == kMaxStripes) multiply<kMaxStripes>(rows, tiles, stripe_bytes, scratch.block(start), kAhead, out);
-    else multiply<1>(rows, tiles, stripe_bytes, scratch.block(start), kAhead, out);
-    for (int s = 0; s < stripes; s++)
-      for (int m = 0; m < rows; m++)
-        store_sixteen(p, first + start + m, (stripe + s) * kRows, out + (s * rows + m) * 16);
+    alignas(64) float out[kMaxRows * 16];
+    multiply(rows, tiles, scratch.block(start), out);
+    for (int m = 0; m < rows; m++) store_sixteen(p, first + start + m, stripe * kRows, out + m * 16);
   }
 }
 
@@ -128,8 +122,7 @@ void one_pass(const Product& p, int64_t first, int64_t rows, void* memory, int t
   const int64_t groups = (p.k + kGroup - 1) / kGroup, stripes = (p.n + kRows - 1) / kRows;
   const RowBlocks blocks(rows);
   const Scratch scratch(memory, rows, groups);
-  const int64_t steps = (stripes + kMaxStripes - 1) / kMaxStripes;
-  const int64_t chunk = std::max<int64_t>(1, steps / (kChunks * threads));
+  const int64_t chunk = std::max<int64_t>(1, stripes / (kChunks * threads));
   (void)chunk;
   const bool brief = groups * rows <= kBriefGroups;
   for (int64_t g = 0; g < groups && brief; g++) quantize_rows(p, first, blocks, scratch, g);
@@ -140,8 +133,7 @@ void one_pass(const Product& p, int64_t first, int64_t rows, void* memory, int t
       for (int64_t g = 0; g < groups; g++) quantize_rows(p, first, blocks, scratch, g);
     }
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t i = 0; i < steps; i++)
-      stripe_rows(p, first, blocks, scratch, i * kMaxStripes, (int)std::min<int64_t>(kMaxStripes, stripes - i * kMaxStripes));
+    for (int64_t stripe = 0; stripe < stripes; stripe++) stripe_rows(p, first, blocks, scratch, stripe);
   }
 }
 
