@@ -184,13 +184,13 @@ def main() -> None:
             "plan": llm.plan.as_dict(),
             "budget_bytes": llm.plan.budget_bytes,
             "peak_bytes": peak_memory_bytes(),
-            "link_bytes_per_s": meter.best_bytes_per_s,
+            "link_bytes_per_s": meter.lasting_bytes_per_s,
             "link_measurements": meter.measurements,
             "best_fixed": {"depth": shape.depth, "width": shape.width, "nodes": shape.nodes},
             "grid": rows,
             "runs": runs,
             "speculation": llm.speculation(),
-            "summary": summarize(runs, meter.best_bytes_per_s),
+            "summary": summarize(runs, meter.lasting_bytes_per_s),
         }
     write_json(record, options.out)
     sys.stdout.write(json.dumps(record["summary"], indent=1) + "\n")

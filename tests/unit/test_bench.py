@@ -79,14 +79,13 @@ class Speed:
 
 
 def meter_with(tmp_path: Path, best: tuple[int, int]) -> LinkMeter:
-    """A disk that gives ``best`` 1000 bytes/s and other readers 100, but for one stroke of luck."""
+    """A disk that gives ``best`` 1000 bytes/s for long and half again as much at first, and other readers 100."""
     (tmp_path / "layer.exact").write_bytes(bytes(8192))
-    luck = iter([9e9])
 
-    def read(_paths: Any, threads: int, request_bytes: int, _total: int) -> Speed:
+    def read(_paths: Any, threads: int, request_bytes: int, total: int) -> Speed:
         if (threads, request_bytes) == best:
-            return Speed(1000.0)
-        return Speed(next(luck, 100.0) if threads == 1 else 100.0)
+            return Speed(1000.0 if total > 8192 else 1500.0)
+        return Speed(100.0)
 
     return LinkMeter(tmp_path, settle_s=0.0, read=read)
 
@@ -114,8 +113,10 @@ def test_modes_take_turns_and_the_link_is_measured_between(
         (3, 0.5, False)
     }
     assert [(one["threads"], one["request_bytes"]) for one in meter.measurements[:9]] == list(CANDIDATES)
-    assert len(meter.measurements) == 9 + 2 * 2 + 9
-    assert meter.best_bytes_per_s == 1000.0
+    assert [one["lasting"] for one in meter.measurements] == [
+        *[False] * 9, *[True] * 3, True, True, *[False] * 9, *[True] * 3,
+    ]  # fmt: skip
+    assert meter.lasting_bytes_per_s == 1000.0
     assert runs[0]["link_utilization"] == 500 / (1000.0 * 2.0)
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -124,7 +125,7 @@ def test_nothing_streamed_means_nothing_measured(prompts: Path, tmp_path: Path) 
     meter = meter_with(tmp_path, CANDIDATES[0])
     llm: Any = FakeLLM("model")
     runs = run_prompts(lambda _: llm, load_prompts(prompts, 1), Settings(), meter, lambda *_: None)
-    assert meter.best_bytes_per_s is None
+    assert meter.lasting_bytes_per_s is None
     assert [one["link_utilization"] for one in runs] == [None, None]
 
 

@@ -2,7 +2,8 @@
 
 A disk's speed drifts, and so it is measured before, between and after the runs that are judged by it.  A
 disk or a limit that was idle for a moment may run ahead of its lasting speed: each round begins with reads
-that do not count.
+that do not count.  What the candidates' short reads find fastest is then read again for longer, and only that
+counts: of nine noisy figures the best says more than the disk can keep up.
 """
 
 import itertools
@@ -16,6 +17,8 @@ CANDIDATES = tuple(itertools.product((1, 2, 4), (4 << 20, 8 << 20, 16 << 20)))
 BYTES_EACH = 768 << 20
 SETTLE_S = 0.2
 WARM_UP_BYTES = 512 << 20
+LASTING_READS = 3
+LASTING_SHARE = 2  # of a candidate's bytes, each
 IMAGE_SUFFIXES = (".exact", ".residual")
 
 Reader = Callable[[Sequence[Path], int, int, int], Any]
@@ -49,22 +52,36 @@ class LinkMeter:
         self.measurements: list[dict[str, Any]] = []
 
     @property
-    def best_bytes_per_s(self) -> float | None:
-        """The best candidate's median speed; ``None`` before the first measurement, or with nothing to read.
-
-        Not the best single measurement: of dozens, the luckiest says more of the noise than of the disk.
-        """
-        speeds: dict[tuple[int, int], list[float]] = {}
-        for one in self.measurements:
-            speeds.setdefault((one["threads"], one["request_bytes"]), []).append(one["bytes_per_s"])
-        return max(map(statistics.median, speeds.values()), default=None)
+    def lasting_bytes_per_s(self) -> float | None:
+        """Median speed of the longer reads; ``None`` before the first, or with nothing to read."""
+        speeds = [one["bytes_per_s"] for one in self.measurements if one["lasting"]]
+        return statistics.median(speeds) if speeds else None
 
     def measure_all(self) -> None:
-        """Measure every candidate once."""
+        """Measure every candidate once, then the best one's lasting speed."""
         self.measure(len(CANDIDATES))
+        self.measure_lasting(LASTING_READS)
 
     def measure(self, count: int) -> None:
         """Measure the next ``count`` candidates, going round."""
+        self._measure([next(self._turn) for _ in range(count)], self._total_bytes, lasting=False)
+
+    def measure_lasting(self, count: int) -> None:
+        """Measure the candidate with the best median so far ``count`` times, for longer.
+
+        Raises:
+            ValueError: no candidate was measured yet.
+        """
+        speeds: dict[tuple[int, int], list[float]] = {}
+        for one in self.measurements:
+            if not one["lasting"]:
+                speeds.setdefault((one["threads"], one["request_bytes"]), []).append(one["bytes_per_s"])
+        if self._paths:
+            best = max(speeds, key=lambda candidate: statistics.median(speeds[candidate]))
+            self._measure([best] * count, LASTING_SHARE * self._total_bytes, lasting=True)
+
+    def _measure(self, candidates: Sequence[tuple[int, int]], total_bytes: int, *, lasting: bool) -> None:
+        """Read ``total_bytes`` with each of ``candidates``, after reads that do not count."""
         if not self._paths:
             return
         if self._read is None:
@@ -73,14 +90,14 @@ class LinkMeter:
             self._read = measure_read
         time.sleep(self._settle_s)  # what the engine had begun to prefetch arrives first
         self._read(self._paths, *CANDIDATES[-1], min(WARM_UP_BYTES, 4 * self._total_bytes))
-        for _ in range(count):
-            threads, request_bytes = next(self._turn)
-            speed = self._read(self._paths, threads, request_bytes, self._total_bytes)
+        for threads, request_bytes in candidates:
+            speed = self._read(self._paths, threads, request_bytes, total_bytes)
             self.measurements.append(
                 {
                     "threads": threads,
                     "request_bytes": request_bytes,
-                    "total_bytes": self._total_bytes,
+                    "total_bytes": total_bytes,
+                    "lasting": lasting,
                     "bytes_per_s": speed.bytes_per_s,
                     "direct": speed.direct,
                 }

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MODES = ("raw", "plain", "speculative")
 DEFAULT_MODES = ("plain", "speculative")
 WARM_UP_TOKENS = 4
-LINK_MEASUREMENTS_BETWEEN = 2
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,11 @@ def run_prompts(
             progress("bench", len(results), total)
             results.append((prompt, mode, _run(models(mode), prompt, settings, mode)))
         if streams:
-            meter.measure(LINK_MEASUREMENTS_BETWEEN)
+            meter.measure_lasting(1)
     if streams:
         meter.measure_all()
     progress("bench", total, total)
-    speed = meter.best_bytes_per_s
+    speed = meter.lasting_bytes_per_s
     return [
         {**run_record(result, prompt_id=prompt.prompt_id, link_bytes_per_s=speed), "mode": mode}
         for prompt, mode, result in results

@@ -133,7 +133,7 @@ def _record(
         "budget_bytes": llm.plan.budget_bytes,
         "host_budget_bytes": llm.plan.host_budget_bytes,
         "peak_bytes": peak_memory_bytes(),
-        "link_bytes_per_s": meter.best_bytes_per_s,
+        "link_bytes_per_s": meter.lasting_bytes_per_s,
         "link_measurements": meter.measurements,
         "runs": runs,
         "summary": summarize(runs),

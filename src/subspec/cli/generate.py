@@ -145,7 +145,7 @@ def _record(llm: "LLM", result: "Result") -> dict[str, Any]:
     meter = LinkMeter(llm.store_path)
     if result.statistics.streamed_bytes:
         meter.measure_all()
-    record = run_record(result, prompt_id=None, link_bytes_per_s=meter.best_bytes_per_s)
+    record = run_record(result, prompt_id=None, link_bytes_per_s=meter.lasting_bytes_per_s)
     return {
         **record,
         "text": result.text,
