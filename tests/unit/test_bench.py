@@ -79,7 +79,7 @@ class Speed:
 
 
 def meter_with(tmp_path: Path, best: tuple[int, int]) -> LinkMeter:
-    """A disk that gives ``best`` 1000 bytes/s for long and half again as much at first, and other readers 100."""
+    """A disk that gives ``best`` 1000 bytes/s for long, half again as much at first, and others 100."""
     (tmp_path / "layer.exact").write_bytes(bytes(8192))
 
     def read(_paths: Any, threads: int, request_bytes: int, total: int) -> Speed:
