@@ -41,7 +41,8 @@ template <int rows> static void stripe_product(const uint8_t* tiles, const Activ
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++) {
       _mm_prefetch((const char*)tile + t * 64 + kAhead, _MM_HINT_T2);
-      const __m512i both = _mm512_loadu_si512(tile + t * 64);
+      __m512i both = _mm512_loadu_si512(tile + t * 64);
+      asm("" : "+v"(both)); // or the compiler loads it twice
       const __m512i low = _mm512_and_si512(both, low_nibbles);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
 #pragma GCC unroll 8
