@@ -79,13 +79,17 @@ class Speed:
 
 
 def meter_with(tmp_path: Path, best: tuple[int, int]) -> LinkMeter:
-    """A disk that gives ``best`` 1000 bytes/s for long, half again as much at first, and others 100."""
+    """A disk that gives ``best`` 1000 bytes/s for long, half again as much at first, and others 100.
+
+    But for one stroke of luck.
+    """
     (tmp_path / "layer.exact").write_bytes(bytes(8192))
+    luck = iter([9e9])
 
     def read(_paths: Any, threads: int, request_bytes: int, total: int) -> Speed:
         if (threads, request_bytes) == best:
             return Speed(1000.0 if total > 8192 else 1500.0)
-        return Speed(100.0)
+        return Speed(next(luck, 100.0) if threads == 1 else 100.0)
 
     return LinkMeter(tmp_path, settle_s=0.0, read=read)
 
@@ -127,6 +131,14 @@ def test_nothing_streamed_means_nothing_measured(prompts: Path, tmp_path: Path) 
     runs = run_prompts(lambda _: llm, load_prompts(prompts, 1), Settings(), meter, lambda *_: None)
     assert meter.lasting_bytes_per_s is None
     assert [one["link_utilization"] for one in runs] == [None, None]
+
+
+def test_short_reads_say_nothing_of_a_lasting_speed(tmp_path: Path) -> None:
+    meter = meter_with(tmp_path, CANDIDATES[0])
+    with pytest.raises(ValueError, match="empty"):
+        meter.measure_lasting(1)
+    meter.measure(len(CANDIDATES))
+    assert meter.lasting_bytes_per_s is None
 
 
 def test_only_streamed_images_are_measured(tmp_path: Path) -> None:

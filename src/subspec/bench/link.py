@@ -2,8 +2,8 @@
 
 A disk's speed drifts, and so it is measured before, between and after the runs that are judged by it.  A
 disk or a limit that was idle for a moment may run ahead of its lasting speed: each round begins with reads
-that do not count.  What the candidates' short reads find fastest is then read again for longer, and only that
-counts: of nine noisy figures the best says more than the disk can keep up.
+that do not count.  The candidate found fastest is then read with again for longer, and only that counts: of
+nine noisy figures the best says more than the disk can keep up.
 """
 
 import itertools
@@ -18,7 +18,7 @@ BYTES_EACH = 768 << 20
 SETTLE_S = 0.2
 WARM_UP_BYTES = 512 << 20
 LASTING_READS = 3
-LASTING_SHARE = 2  # of a candidate's bytes, each
+LASTING_FACTOR = 2  # a lasting read is so much longer than a candidate's
 IMAGE_SUFFIXES = (".exact", ".residual")
 
 Reader = Callable[[Sequence[Path], int, int, int], Any]
@@ -53,18 +53,19 @@ class LinkMeter:
 
     @property
     def lasting_bytes_per_s(self) -> float | None:
-        """Median speed of the longer reads; ``None`` before the first, or with nothing to read."""
-        speeds = [one["bytes_per_s"] for one in self.measurements if one["lasting"]]
-        return statistics.median(speeds) if speeds else None
+        """Median of the lasting reads of the best candidate; ``None`` before the first such read."""
+        return max(self._medians([one for one in self.measurements if one["lasting"]]).values(), default=None)
 
     def measure_all(self) -> None:
         """Measure every candidate once, then the best one's lasting speed."""
-        self.measure(len(CANDIDATES))
-        self.measure_lasting(LASTING_READS)
+        if self._begin():
+            self._read_candidates(len(CANDIDATES))
+            self._read_lasting(LASTING_READS)
 
     def measure(self, count: int) -> None:
         """Measure the next ``count`` candidates, going round."""
-        self._measure([next(self._turn) for _ in range(count)], self._total_bytes, lasting=False)
+        if self._begin():
+            self._read_candidates(count)
 
     def measure_lasting(self, count: int) -> None:
         """Measure the candidate with the best median so far ``count`` times, for longer.
@@ -72,33 +73,51 @@ class LinkMeter:
         Raises:
             ValueError: no candidate was measured yet.
         """
-        speeds: dict[tuple[int, int], list[float]] = {}
-        for one in self.measurements:
-            if not one["lasting"]:
-                speeds.setdefault((one["threads"], one["request_bytes"]), []).append(one["bytes_per_s"])
-        if self._paths:
-            best = max(speeds, key=lambda candidate: statistics.median(speeds[candidate]))
-            self._measure([best] * count, LASTING_SHARE * self._total_bytes, lasting=True)
+        if self._begin():
+            self._read_lasting(count)
 
-    def _measure(self, candidates: Sequence[tuple[int, int]], total_bytes: int, *, lasting: bool) -> None:
-        """Read ``total_bytes`` with each of ``candidates``, after reads that do not count."""
+    def _begin(self) -> bool:
+        """Reads that do not count; False if there is nothing to read."""
         if not self._paths:
-            return
+            return False
         if self._read is None:
             from subspec.memory.disk import measure_read
 
             self._read = measure_read
         time.sleep(self._settle_s)  # what the engine had begun to prefetch arrives first
         self._read(self._paths, *CANDIDATES[-1], min(WARM_UP_BYTES, 4 * self._total_bytes))
-        for threads, request_bytes in candidates:
-            speed = self._read(self._paths, threads, request_bytes, total_bytes)
-            self.measurements.append(
-                {
-                    "threads": threads,
-                    "request_bytes": request_bytes,
-                    "total_bytes": total_bytes,
-                    "lasting": lasting,
-                    "bytes_per_s": speed.bytes_per_s,
-                    "direct": speed.direct,
-                }
-            )
+        return True
+
+    def _read_candidates(self, count: int) -> None:
+        for _ in range(count):
+            self._measure(next(self._turn), self._total_bytes, lasting=False)
+
+    def _read_lasting(self, count: int) -> None:
+        medians = self._medians(self.measurements)  # lasting reads too, so that luck does not last
+        best = max(medians, key=lambda candidate: medians[candidate])
+        for _ in range(count):
+            self._measure(best, LASTING_FACTOR * self._total_bytes, lasting=True)
+
+    def _measure(self, candidate: tuple[int, int], total_bytes: int, *, lasting: bool) -> None:
+        """Read ``total_bytes`` with a candidate."""
+        assert self._read is not None
+        threads, request_bytes = candidate
+        speed = self._read(self._paths, threads, request_bytes, total_bytes)
+        self.measurements.append(
+            {
+                "threads": threads,
+                "request_bytes": request_bytes,
+                "total_bytes": total_bytes,
+                "lasting": lasting,
+                "bytes_per_s": speed.bytes_per_s,
+                "direct": speed.direct,
+            }
+        )
+
+    @staticmethod
+    def _medians(measurements: Sequence[dict[str, Any]]) -> dict[tuple[int, int], float]:
+        """Median bytes/s of each candidate in some measurements."""
+        speeds: dict[tuple[int, int], list[float]] = {}
+        for one in measurements:
+            speeds.setdefault((one["threads"], one["request_bytes"]), []).append(one["bytes_per_s"])
+        return {candidate: statistics.median(found) for candidate, found in speeds.items()}

@@ -70,7 +70,7 @@ template <int rows> static void stripe_product(const uint8_t* tiles, const Activ
 #elif defined(__AVX2__)
 
 constexpr int kMaxRows = 8;
-constexpr int64_t kAhead = 6 * kTileBytes;
+constexpr int64_t kAhead = 6 * kTileBytes; // likewise, to L1
 
 // A sum of products in each of eight int32 lanes.  Without an instruction that adds up four products at once, the sum is
 // of int16 in twos until `widened`: they hold 16 products of at most 15 * 127.
