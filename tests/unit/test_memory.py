@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,19 @@ def test_the_arena_refuses_what_the_budget_does_not_hold() -> None:
         arena.bytes("second", PAGE_BYTES + 1)  # one page and a byte: two pages
     assert budget.held == {"first": 2 * PAGE_BYTES}
     arena.bytes("second", PAGE_BYTES)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_memory_is_private() -> None:
+    """Huge pages are for private mappings; for shared ones most systems switch them off."""
+    memory = map_bytes(4 * MIB)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        start, end = (int(edge, 16) for edge in span.split("-"))
+        if start <= memory.data_ptr() < end:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("no mapping holds it")
 
 
 def test_large_mappings_are_aligned_too_and_outlive_their_other_names() -> None:

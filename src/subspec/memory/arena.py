@@ -1,8 +1,8 @@
 """Page-aligned memory that the engine holds, entered in its budget.
 
-Anonymous mappings: their start is aligned for O_DIRECT, their pages count only once touched, and huge pages
-keep the reads' and products' page walks short.  The returned tensors are views; the mapping lives as long
-as they do.
+Private anonymous mappings: their start is aligned for O_DIRECT, their pages count only once touched, and huge
+pages, which Linux seldom gives to shared ones, keep the reads' and products' page walks short.  The returned
+tensors are views; the mapping lives as long as they do.
 """
 
 import math
@@ -52,7 +52,7 @@ def place_bytes(n_bytes: int, device: torch.device) -> torch.Tensor:
 
 def map_bytes(n_bytes: int) -> torch.Tensor:
     """An anonymous, page-aligned, zeroed uint8 tensor outside any budget (``n_bytes``: whole pages)."""
-    mapping = mmap.mmap(-1, n_bytes)
+    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if n_bytes >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
