@@ -271,6 +271,21 @@ def test_integer_sums_are_exact(twin: LowbitKernels, n: int, k: int) -> None:
     assert torch.equal(substitute_linear_reference(x, tiles, n, k).long(), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 70])
+def test_threads_share_every_output_once(twin: LowbitKernels, rows: int) -> None:
+    """Fewer threads than output stripes, as many, and more."""
+    n, k = 7 * 16 + 3, 640
+    tiles, x, before = pack(*random_parts(n, k)), gaussian(rows, k), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = product(twin, x, tiles, n)
+        for threads in (2, 3, 8, 13, 70):
+            torch.set_num_threads(threads)
+            assert torch.equal(product(twin, x, tiles, n), expected), threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_are_rounded_as_the_reference_says(twin: LowbitKernels, dtype: torch.dtype) -> None:
     """Code 1 in one column a row and 0 elsewhere, scale 1, mid 8: the product shows scale times code."""

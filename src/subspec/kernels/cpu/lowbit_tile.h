@@ -17,49 +17,64 @@ struct Activations {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 constexpr int kMaxRows = 8;
-constexpr int64_t kAhead = 10 * kTileBytes; // how far ahead of its use a tile is prefetched, to L2: L1 waits for few lines at once
 
 LOWBIT_INLINE __m512 sixteen_bfloat16(const void* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
-// `out` is [row][16].
+// sum += products of each four bytes of `codes` (unsigned) with the four at `x`.  As assembly: the compiler would spend
+// an instruction more on each to copy the four to all lanes first.
+LOWBIT_INLINE void add_products(__m512i& sum, __m512i codes, const int32_t& x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(x));
+}
+
+// Asks for lines that will be needed later.  A stream of tiles alone is foreseen by the processor, but for the first lines
+// of each page.  Where the activations do not stay in L1, their misses hide the stream, and every line is asked for: from
+// L2, since L1 waits for few lines at once.
+constexpr int64_t kPage = 4096, kFewCodes = 10240; // bytes
+LOWBIT_INLINE void prefetch_ahead(const uint8_t* tile, bool few_codes) {
+  if (few_codes) { // a page has seven tiles: each asks for one of the first lines of the page after the next
+    const uint8_t* page = tile - (uintptr_t)tile % kPage;
+    _mm_prefetch((const char*)page + 2 * kPage + (tile - page) / 512 * 64, _MM_HINT_T2);
+  } else {
+#pragma GCC unroll 9
+    for (int64_t line = 0; line < kTileBytes; line += 64) _mm_prefetch((const char*)tile + 10 * kTileBytes + line, _MM_HINT_T2);
+  }
+}
+
+// `out` is [row][16].  High nibbles are multiplied where they lie, times 16; their sums, at most 32 * 240 * 127 in size, are
+// divided at the end, which is exact.
 template <int rows> static void stripe_product(const uint8_t* tiles, const Activations& x, float* out) {
-  constexpr int split = rows <= 2 ? 2 : 1; // more sums in flight where there would be few
-  const __m512i low_nibbles = _mm512_set1_epi8(15);
+  const __m512i low_nibbles = _mm512_set1_epi8(0x0f), high_nibbles = _mm512_set1_epi8((char)0xf0);
+  const bool few_codes = x.groups * rows * kGroup <= kFewCodes;
   __m512 acc[rows];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++) acc[m] = _mm512_setzero_ps();
   for (int64_t g = 0; g < x.groups; g++) {
     const uint8_t* tile = tiles + g * kTileBytes;
     const int32_t* codes = (const int32_t*)(x.codes + g * rows * kGroup);
-    __m512i sum[rows][split];
+    prefetch_ahead(tile, few_codes);
+    __m512i low_sum[rows], high_sum[rows];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 8
-      for (int h = 0; h < split; h++) sum[m][h] = _mm512_setzero_si512();
+    for (int m = 0; m < rows; m++) low_sum[m] = high_sum[m] = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++) {
-      _mm_prefetch((const char*)tile + t * 64 + kAhead, _MM_HINT_T2);
       __m512i both = _mm512_loadu_si512(tile + t * 64);
       asm("" : "+v"(both)); // or the compiler loads it twice
-      const __m512i low = _mm512_and_si512(both, low_nibbles);
-      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
+      const __m512i low = _mm512_and_si512(both, low_nibbles), high = _mm512_and_si512(both, high_nibbles);
 #pragma GCC unroll 8
       for (int m = 0; m < rows; m++) {
-        sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], low, _mm512_set1_epi32(codes[m * 16 + 2 * t]));
-        sum[m][split - 1] = _mm512_dpbusd_epi32(sum[m][split - 1], high, _mm512_set1_epi32(codes[m * 16 + 2 * t + 1]));
+        add_products(low_sum[m], low, codes[m * 16 + 2 * t]);
+        add_products(high_sum[m], high, codes[m * 16 + 2 * t + 1]);
       }
     }
     const uint8_t* ends = tile + kCodeBytes;
-    _mm_prefetch((const char*)ends + kAhead, _MM_HINT_T2);
     const __m512 scale = sixteen_bfloat16(ends);
     const __m512 base = _mm512_sub_ps(sixteen_bfloat16(ends + 32), _mm512_mul_ps(scale, _mm512_set1_ps(8.0f)));
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
-      const __m512i whole = split == 2 ? _mm512_add_epi32(sum[m][0], sum[m][split - 1]) : sum[m][0];
-      const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[g * rows + m]));
-      acc[m] = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(whole), acc[m]);
+      const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(low_sum[m], _mm512_srai_epi32(high_sum[m], 4)));
+      acc[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scales[g * rows + m])), whole, acc[m]);
       acc[m] = _mm512_fmadd_ps(base, _mm512_set1_ps(x.sums[g * rows + m]), acc[m]);
     }
   }
@@ -70,7 +85,7 @@ template <int rows> static void stripe_product(const uint8_t* tiles, const Activ
 #elif defined(__AVX2__)
 
 constexpr int kMaxRows = 8;
-constexpr int64_t kAhead = 6 * kTileBytes; // likewise, to L1
+constexpr int64_t kAhead = 6 * kTileBytes; // how far ahead of its use a tile is prefetched, to L1
 
 // A sum of products in each of eight int32 lanes.  Without an instruction that adds up four products at once, the sum is
 // of int16 in twos until `widened`: they hold 16 products of at most 15 * 127.

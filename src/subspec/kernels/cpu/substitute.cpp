@@ -3,6 +3,7 @@
 #include "lowbit_tile.h"
 #include "operations.h"
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -104,8 +105,6 @@ void multiply(int rows, const uint8_t* tiles, const Activations& x, float* out) 
   }
 }
 
-constexpr int64_t kChunks = 8; // shares of a product per thread: a late thread leaves its to the others
-
 // All of a pass's rows with one stripe.
 void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const Scratch& scratch, int64_t stripe) {
   const uint8_t* tiles = p.tiles + stripe * scratch.groups * kTileBytes;
@@ -118,12 +117,45 @@ void stripe_rows(const Product& p, int64_t first, const RowBlocks& blocks, const
   }
 }
 
+// A pass's stripes in one run per thread, taken share by share: a thread's own run first, so that it reads one stream of
+// memory, then the others', so that nobody waits for a late thread.
+class Shares {
+ public:
+  Shares(int64_t stripes, int threads)
+      : stripes_(stripes), runs_(std::min(threads, kMaxRuns)), share_(std::max<int64_t>(1, stripes / (8 * runs_))) {
+    for (int run = 0; run < runs_; run++) next_[run].store(start(run), std::memory_order_relaxed);
+  }
+  template <class Work> void take(int thread, Work work) {
+    for (int i = 0; i < runs_; i++) {
+      const int run = (thread + i) % runs_;
+      const int64_t end = start(run + 1);
+      for (int64_t at; (at = next_[run].fetch_add(share_, std::memory_order_relaxed)) < end;)
+        for (int64_t stripe = at; stripe < std::min(at + share_, end); stripe++) work(stripe);
+    }
+  }
+
+ private:
+  static constexpr int kMaxRuns = 64;
+  int64_t start(int run) const { return stripes_ * run / runs_; }
+  const int64_t stripes_;
+  const int runs_;
+  const int64_t share_;
+  std::atomic<int64_t> next_[kMaxRuns];
+};
+
+int this_thread() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 void one_pass(const Product& p, int64_t first, int64_t rows, void* memory, int threads) {
   const int64_t groups = (p.k + kGroup - 1) / kGroup, stripes = (p.n + kRows - 1) / kRows;
   const RowBlocks blocks(rows);
   const Scratch scratch(memory, rows, groups);
-  const int64_t chunk = std::max<int64_t>(1, stripes / (kChunks * threads));
-  (void)chunk;
+  Shares shares(stripes, threads);
   const bool brief = groups * rows <= kBriefGroups;
   for (int64_t g = 0; g < groups && brief; g++) quantize_rows(p, first, blocks, scratch, g);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -132,8 +164,7 @@ void one_pass(const Product& p, int64_t first, int64_t rows, void* memory, int t
 #pragma omp for schedule(static)
       for (int64_t g = 0; g < groups; g++) quantize_rows(p, first, blocks, scratch, g);
     }
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t stripe = 0; stripe < stripes; stripe++) stripe_rows(p, first, blocks, scratch, stripe);
+    shares.take(this_thread(), [&](int64_t stripe) { stripe_rows(p, first, blocks, scratch, stripe); });
   }
 }
 
