@@ -22,6 +22,7 @@ from typing import Any
 from subspec import LLM  # before torch: it sets how long threads spin
 from subspec.bench import machine
 from subspec.engine import Engine
+from subspec.memory.arena import map_bytes
 from subspec.models.decoder import Rows, prefix_rows
 from subspec.store.layout import layer_matrices
 from subspec.substitute.layout import tile_bytes
@@ -65,7 +66,7 @@ def measure(engine: Engine, prefix: int, rounds: int) -> dict[str, Any]:
 
     products = weights(engine)
     substitute_bytes = sum(tile_bytes(each.n, each.k) for each in products)
-    room = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    room = map_bytes(READ_BYTES).view(torch.int64).fill_(1)  # mapped as the substitutes are
     engine.target(prefix_rows([1000 + i for i in range(prefix)], 0), last_only=True)
     places: dict[int, Rows] = {rows: prefix_rows([7] * rows, prefix) for rows in ROWS}
     sizes = {each.k for each in products}

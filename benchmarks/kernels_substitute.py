@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.native import kernels
+from subspec.memory.arena import map_bytes
 from subspec.substitute.layout import tile_bytes
 from subspec.substitute.linear import SubstituteLinear
 from subspec.substitute.quantize import quantize_tiles
@@ -120,7 +121,7 @@ def main() -> None:
     result["quantize"] = rates = quantization()
     for name, rate in rates.items():
         say(f"quantize {name}: {rate / 1e6:.0f} M weights/s\n")
-    pool = torch.empty(POOL_BYTES, dtype=torch.uint8)
+    pool = map_bytes(POOL_BYTES)  # as the engine's memory is
     pool.view(torch.int32).fill_(0x3C123C34)  # ordinary numbers when read as scales and mids
     shapes = []
     for n, k in SHAPES:

@@ -142,17 +142,28 @@ def test_the_arena_refuses_what_the_budget_does_not_hold() -> None:
     arena.bytes("second", PAGE_BYTES)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
-def test_memory_is_private() -> None:
-    """Huge pages are for private mappings; for shared ones most systems switch them off."""
-    memory = map_bytes(4 * MIB)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, permissions = line.split()[:2]
-        start, end = (int(edge, 16) for edge in span.split("-"))
-        if start <= memory.data_ptr() < end:
-            assert permissions == "rw-p"
-            return
+def mapping_flags(address: int) -> list[str]:
+    """Linux's word on the mapping that holds an address: ``sh``, it is shared; ``hg``, advised huge pages."""
+    holds = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if first == "VmFlags:" and holds:
+            return rest
+        if not first.endswith(":"):
+            start, end = (int(edge, 16) for edge in first.split("-"))
+            holds = start <= address < end
     raise AssertionError("no mapping holds it")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages to give"
+)
+def test_huge_pages_may_serve_large_memory() -> None:
+    """They are for private mappings; for shared ones most systems switch them off, whatever is advised."""
+    memory = map_bytes(4 * MIB)
+    flags = mapping_flags(memory.data_ptr())
+    assert "hg" in flags
+    assert "sh" not in flags
 
 
 def test_large_mappings_are_aligned_too_and_outlive_their_other_names() -> None:

@@ -4,8 +4,6 @@
 """
 
 import contextlib
-import ctypes
-import mmap
 import re
 import struct
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fences import fenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -311,20 +310,6 @@ def test_padding_has_no_say(n: int, k: int, dtype: torch.dtype) -> None:
     residual = round_trip(weight, everywhere)
     plain = pack(codes[:n, :k], scales[:n], mids[:n])
     assert torch.equal(codec.encode(weight, plain), residual)
-
-
-def fenced(data: Tensor, at_end: bool) -> Tensor:
-    """A copy whose last (or first) byte borders on memory that must not be touched."""
-    page = mmap.PAGESIZE
-    inner = max(-(-data.numel() * data.element_size() // page), 1) * page
-    memory = mmap.mmap(-1, inner + 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    assert protect(start, page, 0) == protect(start + page + inner, page, 0) == 0
-    offset = page + (inner - data.numel() * data.element_size() if at_end else 0)
-    copy = torch.frombuffer(memory, dtype=data.dtype, count=data.numel(), offset=offset)
-    return copy.view(data.shape).copy_(data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ import struct
 
 import pytest
 import torch
+from fences import fenced
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -272,14 +273,16 @@ def test_integer_sums_are_exact(twin: LowbitKernels, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 70])
-def test_threads_share_every_output_once(twin: LowbitKernels, rows: int) -> None:
-    """Fewer threads than output stripes, as many, and more."""
-    n, k = 7 * 16 + 3, 640
-    tiles, x, before = pack(*random_parts(n, k)), gaussian(rows, k), torch.get_num_threads()
+@pytest.mark.parametrize(("n", "k"), [(7 * 16 + 3, 640), (39 * 16 - 5, 192)])
+def test_threads_share_every_output(twin: LowbitKernels, n: int, k: int, rows: int) -> None:
+    """Fewer threads than stripes of outputs, as many, and more; shares of one stripe and of several, with a
+    rest.  Nothing beyond the tiles may be read."""
+    tiles = fenced(pack(*random_parts(n, k)), at_end=True)
+    x, before = gaussian(rows, k), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         expected = product(twin, x, tiles, n)
-        for threads in (2, 3, 8, 13, 70):
+        for threads in (2, 3, 8, 13, 39, 70):
             torch.set_num_threads(threads)
             assert torch.equal(product(twin, x, tiles, n), expected), threads
     finally:

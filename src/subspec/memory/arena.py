@@ -1,8 +1,9 @@
 """Page-aligned memory that the engine holds, entered in its budget.
 
-Private anonymous mappings: their start is aligned for O_DIRECT, their pages count only once touched, and huge
-pages, which Linux seldom gives to shared ones, keep the reads' and products' page walks short.  The returned
-tensors are views; the mapping lives as long as they do.
+Private anonymous mappings: their start is aligned for O_DIRECT, and huge pages, which Linux seldom gives to
+shared ones, keep the reads' and products' page walks short.  Pages count only once touched, huge ones whole.
+The returned tensors are views; the mapping lives as long as they do.  A program must not fork while the
+engine reads from disk: open(2), on O_DIRECT.
 """
 
 import math

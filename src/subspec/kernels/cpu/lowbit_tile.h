@@ -22,15 +22,15 @@ LOWBIT_INLINE __m512 sixteen_bfloat16(const void* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
-// sum += products of each four bytes of `codes` (unsigned) with the four at `x`.  As assembly: the compiler would spend
-// an instruction more on each to copy the four to all lanes first.
+// sum += products of each four bytes of `codes` (unsigned) with the four at `x`.  As assembly: GCC would spend an
+// instruction more on each to copy the four to all lanes first.
 LOWBIT_INLINE void add_products(__m512i& sum, __m512i codes, const int32_t& x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(x));
 }
 
-// Asks for lines that will be needed later.  A stream of tiles alone is foreseen by the processor, but for the first lines
-// of each page.  Where the activations do not stay in L1, their misses hide the stream, and every line is asked for: from
-// L2, since L1 waits for few lines at once.
+// Asks for lines that will be needed later, into L2, since L1 waits for few lines at once.  A stream of tiles alone is
+// foreseen by the processor, but for the first lines of each page.  With more codes of activations than `kFewCodes`, found by
+// trial with 32 KiB of L1, it is not, and every line is asked for.
 constexpr int64_t kPage = 4096, kFewCodes = 10240; // bytes
 LOWBIT_INLINE void prefetch_ahead(const uint8_t* tile, bool few_codes) {
   if (few_codes) { // a page has seven tiles: each asks for one of the first lines of the page after the next

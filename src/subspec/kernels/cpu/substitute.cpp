@@ -123,14 +123,17 @@ class Shares {
  public:
   Shares(int64_t stripes, int threads)
       : stripes_(stripes), runs_(std::min(threads, kMaxRuns)), share_(std::max<int64_t>(1, stripes / (8 * runs_))) {
-    for (int run = 0; run < runs_; run++) next_[run].store(start(run), std::memory_order_relaxed);
+    for (int run = 0; run < runs_; run++) next_[run].stripe.store(start(run), std::memory_order_relaxed);
   }
   template <class Work> void take(int thread, Work work) {
     for (int i = 0; i < runs_; i++) {
       const int run = (thread + i) % runs_;
       const int64_t end = start(run + 1);
-      for (int64_t at; (at = next_[run].fetch_add(share_, std::memory_order_relaxed)) < end;)
-        for (int64_t stripe = at; stripe < std::min(at + share_, end); stripe++) work(stripe);
+      std::atomic<int64_t>& next = next_[run].stripe;
+      while (next.load(std::memory_order_relaxed) < end) { // to look at a run that is done costs less than to take from it
+        const int64_t from = next.fetch_add(share_, std::memory_order_relaxed);
+        for (int64_t stripe = from; stripe < std::min(from + share_, end); stripe++) work(stripe);
+      }
     }
   }
 
@@ -140,7 +143,9 @@ class Shares {
   const int64_t stripes_;
   const int runs_;
   const int64_t share_;
-  std::atomic<int64_t> next_[kMaxRuns];
+  struct alignas(64) Next { // a cache line each
+    std::atomic<int64_t> stripe;
+  } next_[kMaxRuns];
 };
 
 int this_thread() {
