@@ -24,7 +24,8 @@ memory, page cache included, is capped at the budget plus 700 MiB. *Offloading* 
 decoding that streams the weights as they are: the same engine at the same budget, with the same prefetch
 and a one-node tree. *Streams* says what the modes plain and speculative stream; where that is raw weights
 too (`--stream raw`), plain decoding is the offloading, hence the dashes. Speed-ups and sweep ratios are
-medians of the per-prompt ratios. *Link use* is what offloading streamed, of what the disk could have
+medians of the per-prompt ratios. *Acceptance length*: the tokens that a sweep commits. *Link*: the way that
+weights stream over, here from the disk; its use is what offloading streamed, of what the disk could have
 delivered meanwhile. *Identical*: all modes gave the same tokens. Command, commit, versions and every raw
 time are in [benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
 """

@@ -112,7 +112,8 @@ Depth = Annotated[
     typer.Option(
         "--depth",
         metavar="N",
-        help="Levels of the draft tree, which this and the next four fix.  [default: measured]",
+        help="Levels of the draft tree.  Any one of this and the next four options pins a fixed tree.  "
+        "[default: measured]",
     ),
 ]
 Width = Annotated[
@@ -121,7 +122,11 @@ Width = Annotated[
 ]
 Nodes = Annotated[
     int | None,
-    typer.Option("--nodes", metavar="N", help="Nodes verified in a sweep.  [default: measured]"),
+    typer.Option(
+        "--nodes",
+        metavar="N",
+        help="Nodes verified in a sweep, the text's last token among them.  [default: measured]",
+    ),
 ]
 MinReach = Annotated[
     float | None,

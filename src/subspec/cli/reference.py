@@ -12,7 +12,7 @@ What `--help` prints, for reading without an installation. A test keeps this pag
 `python -m subspec.cli.reference > docs/cli.md`.
 
 Exit status: 0 success, 1 a check that failed (`demo` and `bench`: different tokens), 2 an error you can mend
-(one line `error: …` says how), 130 interrupted.
+(one line `error: …` says how; after a mistyped option, its usage), 130 interrupted.
 """
 
 
