@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ties import ties_as_on_a_device
 from toy_hashes import DISAGREEMENT, VOCABULARY, words_of
 from toy_steps import GivenUpError, Memory, ToyEngine
 
@@ -207,7 +208,8 @@ class Run:
             logits = self.engine.truth.logits((*self.whole, *path), DISAGREEMENT)
             position = len(self.whole) + len(path)
             count = len(guess.tokens)
-            tokens, scores = self.sampler.candidates(logits[None], [position], [path], count)
+            with ties_as_on_a_device():
+                tokens, scores = self.sampler.candidates(logits[None], [position], [path], count)
             assert guess.tokens == tokens[0].tolist()
             assert torch.equal(guess.scores, scores[0])
         depths = [grown.tree.depths[node] for node in grown.verified]

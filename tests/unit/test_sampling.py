@@ -23,6 +23,7 @@ from transformers import (
 from subspec import LLM, SamplingParams
 from subspec.engine import Engine
 from subspec.errors import OptionError
+from subspec.kernels.choice import greatest
 from subspec.models.decoder import prefix_rows
 from subspec.speculation.decode import decode
 from subspec.speculation.draft import TreeShape
@@ -241,10 +242,13 @@ def kept_in_order(values: torch.Tensor, params: SamplingParams) -> list[int]:
     return [place for place, value in enumerate(kept) if value >= least]
 
 
+@pytest.mark.parametrize("top", [torch.topk, greatest])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["random", "tied", "silent", "uniform"])
 @pytest.mark.parametrize("name", FILTERS)
-def test_rows_ranked_together_are_ranked_as_each_alone(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_rows_ranked_together_are_ranked_as_each_alone(
+    name: str, kind: str, dtype: torch.dtype, top: Any
+) -> None:
     params, generator = FILTERS[name], torch.Generator().manual_seed(2)
     for count, candidates, vocabulary in [(3, 10, 40), (8, 8, 40), (12, 5, 40), (8, 64, 5), (1, 1, 1)]:
         logits = 3 * torch.randn(20, vocabulary, generator=generator)
@@ -256,11 +260,11 @@ def test_rows_ranked_together_are_ranked_as_each_alone(name: str, kind: str, dty
         elif kind == "uniform":
             logits = torch.zeros_like(logits)  # equal shares: their sums end on the filters' edges
         logits = logits.to(dtype)
-        tokens, scores = rank(logits, lambda chosen: noise.gather(1, chosen), params, count, candidates)  # noqa: B023
+        tokens, scores = rank(logits, lambda chosen: noise.gather(1, chosen), params, count, candidates, top)  # noqa: B023
         assert tokens.shape == scores.shape == (20, min(count, vocabulary))
-        likeliest = logits.topk(min(max(candidates, count), vocabulary))
+        likeliest = top(logits, min(max(candidates, count), vocabulary))
         for row in range(20):
-            values, ids = likeliest.values[row].float() / params.divisor, likeliest.indices[row]
+            values, ids = likeliest[0][row].float() / params.divisor, likeliest[1][row]
             kept = kept_in_order(values, params)
             if kind == "random" and dtype is torch.float32:
                 assert sorted(values[kept].tolist()) == sorted(keep(values, params)[0].tolist())

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from subspec.kernels.choice import greatest
 from subspec.store.rows import EmbeddingRows
 from subspec.store.table import EmbeddingTable
 from subspec.substitute.linear import SubstituteLinear
@@ -90,7 +91,7 @@ class DraftHead:
             StoreError: a row of the head cannot be read.
         """
         self._substitute(x, out)
-        values, tokens = out.topk(min(RIVALS, out.shape[1]))  # (T, RIVALS), falling
+        values, tokens = greatest(out, min(RIVALS, out.shape[1]))  # (T, RIVALS), falling
         close = values >= values[:, :1] - MARGIN
         close[:, 0] = close[:, 1:].any(1)  # a first without rivals stays as it is
         rows, places = close.nonzero(as_tuple=True)

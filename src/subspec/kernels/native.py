@@ -22,7 +22,7 @@ import torch
 from subspec.errors import OptionError
 from subspec.kernels import build
 
-INTERFACE_VERSION = 7  # as in cpu/version.cpp; counts changes of any function's arguments
+INTERFACE_VERSION = 8  # as in cpu/version.cpp; counts changes of any function's arguments
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _AVX2 = {"avx2", "bmi2", "fma", "f16c", "popcnt"}
 _AVX512 = _AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}

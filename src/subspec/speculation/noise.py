@@ -8,32 +8,32 @@ Maddison et al. 2014); Philox (Salmon et al., SC 2011).
 import numpy as np
 import torch
 
+from subspec.kernels.choice import greatest, uniform
+
+_CONTENDERS = 64  # tokens looked at first
+
 
 def gumbel_noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
     """Standard Gumbel noise (V,) in fp32 from a counter-based generator keyed by seed and position."""
-    return gumbel(uniform_numbers(seed, position, vocabulary))
+    return gumbel(uniform(seed, position, vocabulary))
 
 
-def gumbel(uniform: np.ndarray) -> torch.Tensor:
+def gumbel(numbers: np.ndarray) -> torch.Tensor:
     """Standard Gumbel noise in fp32 from uniform numbers (fp64, inside (0, 1)); rises with them."""
-    return torch.from_numpy(-np.log(-np.log(uniform))).float()
+    return torch.from_numpy(-np.log(-np.log(numbers))).float()
 
 
-def uniform_numbers(seed: int, position: int, vocabulary: int) -> np.ndarray:
-    """What a position's noise is made from: fp64 (V,), strictly inside (0, 1)."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
-    return np.minimum(generator.random(vocabulary) + 2.0**-54, 1 - 2.0**-53)
-
-
-def likeliest_under_noise(row: torch.Tensor, uniform: np.ndarray) -> int:
-    """The argmax of logits (V,) plus noise, of which only what may matter is computed.
+def likeliest_under_noise(row: torch.Tensor, numbers: np.ndarray) -> int:
+    """The argmax of logits (V,) fp32 plus noise, made from uniform numbers (V,) where it may matter.
 
     A token wins only if its logit with the largest noise of all is above the likeliest token with its own.
     """
-    first = int(row.argmax())
-    highest = float(row[first] + gumbel(uniform[[first]])[0])
+    values, tokens = (found[0] for found in greatest(row[None], min(_CONTENDERS, len(row))))
+    highest = float(values[0] + gumbel(numbers[tokens[:1].numpy()])[0])
     rounding = 1e-3 + 1e-6 * abs(highest)
-    contenders = (row >= highest - rounding - float(gumbel(uniform.max(keepdims=True))[0])).nonzero()[:, 0]
-    if len(contenders) == 0:  # not a number
-        return int((row + gumbel(uniform)).argmax())
-    return int(contenders[(row[contenders] + gumbel(uniform[contenders.numpy()])).argmax()])
+    least = highest - rounding - float(gumbel(numbers.max(keepdims=True))[0])
+    more = bool(values[-1] >= least)  # than were looked at, perhaps
+    tokens = (row >= least).nonzero()[:, 0] if more else tokens[values >= least].sort().values
+    if len(tokens) == 0:  # not a number
+        return int((row + gumbel(numbers)).argmax())
+    return int(tokens[(row[tokens] + gumbel(numbers[tokens.numpy()])).argmax()])

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from subspec.errors import OptionError
-from subspec.speculation.noise import gumbel, likeliest_under_noise, uniform_numbers
+from subspec.kernels.choice import greatest, uniform
+from subspec.speculation.noise import gumbel, likeliest_under_noise
 
 GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
 CANDIDATES = 64  # of a draft row, ranked under the noise
@@ -128,13 +129,14 @@ class Sampler:
             position: of the token chosen.
             path: tokens after the committed ones that lead to it.
         """
-        row = self._penalized(logits.float(), path)
         if not self.params.samples:
-            return int(row.argmax())
+            row = logits if self.params.repetition_penalty == 1.0 else self._penalized(logits.float(), path)
+            return int(greatest(row[None], 1)[1])
+        row = self._penalized(logits.float(), path)
         kept, tokens = keep(row / self.params.divisor, self.params)
         self._vocabulary = logits.shape[-1]
-        uniform = self._uniform_at(position)
-        best = likeliest_under_noise(kept, uniform if tokens is None else uniform[tokens.numpy()])
+        numbers = self._uniform_at(position)
+        best = likeliest_under_noise(kept, numbers if tokens is None else numbers[tokens.numpy()])
         return best if tokens is None else int(tokens[best])
 
     def chooser(self, logits: torch.Tensor) -> Callable[[int, int, Sequence[int]], int]:
@@ -203,7 +205,8 @@ class Sampler:
             rows = zip(positions, tokens.numpy(), strict=True)
             return gumbel(np.stack([self._uniform_at(position)[own] for position, own in rows]))
 
-        return rank(logits, noise if self.params.samples else None, self.params, count, self._candidates)
+        drawn = noise if self.params.samples else None
+        return rank(logits, drawn, self.params, count, self._candidates, greatest)
 
     def _penalized(self, row: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
         """A float row with the repetition penalty; the row itself when there is none."""
@@ -218,7 +221,7 @@ class Sampler:
         if row is None:
             if len(self._uniform) >= NOISY_POSITIONS:
                 self._uniform.pop(next(iter(self._uniform)))  # the one that was asked for longest ago
-            row = uniform_numbers(self.params.seed, position, self._vocabulary)
+            row = uniform(self.params.seed, position, self._vocabulary)
         self._uniform[position] = row
         return row
 
@@ -229,6 +232,7 @@ def rank(
     params: SamplingParams,
     count: int,
     candidates: int = CANDIDATES,
+    top: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = torch.topk,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A draft's likeliest tokens under the target's own noise.  Tensor code that reads nothing back.
 
@@ -238,15 +242,16 @@ def rank(
         params: temperature and filters.
         count: most candidates a row.
         candidates: of a row's likeliest tokens, how many are ranked under the noise.
+        top: values and tokens (T, K) of a row's K greatest logits, falling.
 
     Returns:
         Tokens (T, K) int64 and scores (T, K) fp32, best first, K at most ``count``; −∞ where a row has fewer.
     """
     vocabulary = logits.shape[-1]
     if noise is None:
-        values, tokens = logits.topk(min(count, vocabulary), dim=-1)
+        values, tokens = top(logits, min(count, vocabulary))
         return tokens, values.float()
-    values, tokens = logits.topk(min(max(candidates, count), vocabulary), dim=-1)
+    values, tokens = top(logits, min(max(candidates, count), vocabulary))
     scaled = values.float() / params.divisor
     scores = scaled + noise(tokens)
     scores = torch.where(_kept(scaled, params), scores, -torch.inf)
