@@ -1,5 +1,6 @@
 """The filters are those of ``transformers``, and speculative texts are draws from the exact distribution."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -208,13 +209,15 @@ def test_the_token_with_the_largest_noise_may_win_from_far_below() -> None:
 
 
 def test_the_draft_ranks_its_guesses_under_the_targets_noise() -> None:
-    logits = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(5))
-    for name, params in FILTERS.items():
-        sampler = Sampler(with_seed(params, 6), [1, 2, 3], candidates=200)
-        tokens, logs = sampler.guess(logits, 9, [[4, 5]], 3)
-        assert tokens[0][0] == sampler.choose(logits[0], 9, [4, 5]), name
-        assert logs[0] == sorted(logs[0], reverse=True)
-        assert sum(np.exp(logs[0])) <= 1 + 1e-5
+    for seed, rounded in itertools.product(range(5, 25), (False, True)):
+        logits = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(seed))
+        logits = logits.round() if rounded else logits  # then filters end among equals
+        for name, params in FILTERS.items():
+            sampler = Sampler(with_seed(params, 6), [1, 2, 3], candidates=200)
+            tokens, logs = sampler.guess(logits, 9, [[4, 5]], 3)
+            assert tokens[0][0] == sampler.choose(logits[0], 9, [4, 5]), (name, seed, rounded)
+            assert logs[0] == sorted(logs[0], reverse=True)
+            assert sum(np.exp(logs[0])) <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("name", ["temperature", "all"])

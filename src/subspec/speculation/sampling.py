@@ -291,13 +291,19 @@ def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch
     """
     tokens = None
     if 0 < params.top_k < row.shape[-1]:
-        row, tokens = row.topk(params.top_k)
+        row, tokens = _greatest_of(row, params.top_k)
     if params.top_p < 1.0:
         row, tokens = _nucleus(row, tokens, params.top_p)
     if params.min_p > 0.0:
         chosen = (row >= row.max() + float(np.log(params.min_p))).nonzero()[:, 0]
         row, tokens = row[chosen], chosen if tokens is None else tokens[chosen]
     return row, tokens
+
+
+def _greatest_of(row: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest logits of a row (V,), falling, and their tokens: of equals the first, as in drafts."""
+    values, tokens = greatest(row[None], count)
+    return values[0], tokens[0]
 
 
 def _nucleus(
@@ -309,7 +315,7 @@ def _nucleus(
     """
     total = torch.logsumexp(row.double(), dim=-1)
     for count in (min(NUCLEUS_GUESS, len(row)), len(row)):
-        values, indices = row.topk(count)
+        values, indices = _greatest_of(row, count)
         before = (values.double() - total).exp().cumsum(0).roll(1)
         before[0] = 0.0
         kept = int((before < top_p).sum())  # a token stays while those before it hold less than top_p

@@ -72,7 +72,9 @@ void greatest_row(const Scalar* x, int64_t V, int64_t count, int64_t* tokens, Sc
             if (rank >= bound) candidates.push_back({rank, i});
         }
     }
-    std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end());
+    const auto last = candidates.begin() + count;
+    if (last != candidates.end()) std::nth_element(candidates.begin(), last, candidates.end());
+    std::sort(candidates.begin(), last);
     for (int64_t i = 0; i < count; i++) {
         tokens[i] = candidates[i].token;
         values[i] = x[candidates[i].token];
