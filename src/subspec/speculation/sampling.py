@@ -125,7 +125,7 @@ class Sampler:
         """The target's token at ``position``.
 
         Args:
-            logits: (V,) of the row before it, any float dtype.
+            logits: (V,) of the row before it, bf16, fp16 or fp32.
             position: of the token chosen.
             path: tokens after the committed ones that lead to it.
         """
