@@ -55,6 +55,12 @@ def greatest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, tokens
 
 
+def greatest_of_row(row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``greatest`` of one row (V,): values (count,) and tokens (count,)."""
+    values, tokens = greatest(row[None], count)
+    return values[0], tokens[0]
+
+
 def greatest_reference(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """``greatest``, by a stable sort of everything."""
     values, tokens = logits.sort(dim=-1, descending=True, stable=True)

@@ -8,7 +8,7 @@ Maddison et al. 2014); Philox (Salmon et al., SC 2011).
 import numpy as np
 import torch
 
-from subspec.kernels.choice import greatest, uniform
+from subspec.kernels.choice import greatest_of_row, uniform
 
 _CONTENDERS = 64  # tokens looked at first
 
@@ -28,7 +28,7 @@ def likeliest_under_noise(row: torch.Tensor, numbers: np.ndarray) -> int:
 
     A token wins only if its logit with the largest noise of all is above the likeliest token with its own.
     """
-    values, tokens = (found[0] for found in greatest(row[None], min(_CONTENDERS, len(row))))
+    values, tokens = greatest_of_row(row, min(_CONTENDERS, len(row)))
     highest = float(values[0] + gumbel(numbers[tokens[:1].numpy()])[0])
     rounding = 1e-3 + 1e-6 * abs(highest)
     least = highest - rounding - float(gumbel(numbers.max(keepdims=True))[0])

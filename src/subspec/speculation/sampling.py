@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from subspec.errors import OptionError
-from subspec.kernels.choice import greatest, uniform
+from subspec.kernels.choice import greatest, greatest_of_row, uniform
 from subspec.speculation.noise import gumbel, likeliest_under_noise
 
 GREEDY_CANDIDATES = 8  # of a draft row: what is beyond them has no probability worth counting
@@ -131,7 +131,7 @@ class Sampler:
         """
         if not self.params.samples:
             row = logits if self.params.repetition_penalty == 1.0 else self._penalized(logits.float(), path)
-            return int(greatest(row[None], 1)[1])
+            return int(greatest_of_row(row, 1)[1])
         row = self._penalized(logits.float(), path)
         kept, tokens = keep(row / self.params.divisor, self.params)
         self._vocabulary = logits.shape[-1]
@@ -291,19 +291,13 @@ def keep(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch
     """
     tokens = None
     if 0 < params.top_k < row.shape[-1]:
-        row, tokens = _greatest_of(row, params.top_k)
+        row, tokens = greatest_of_row(row, params.top_k)
     if params.top_p < 1.0:
         row, tokens = _nucleus(row, tokens, params.top_p)
     if params.min_p > 0.0:
         chosen = (row >= row.max() + float(np.log(params.min_p))).nonzero()[:, 0]
         row, tokens = row[chosen], chosen if tokens is None else tokens[chosen]
     return row, tokens
-
-
-def _greatest_of(row: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest logits of a row (V,), falling, and their tokens: of equals the first, as in drafts."""
-    values, tokens = greatest(row[None], count)
-    return values[0], tokens[0]
 
 
 def _nucleus(
@@ -315,7 +309,7 @@ def _nucleus(
     """
     total = torch.logsumexp(row.double(), dim=-1)
     for count in (min(NUCLEUS_GUESS, len(row)), len(row)):
-        values, indices = _greatest_of(row, count)
+        values, indices = greatest_of_row(row, count)
         before = (values.double() - total).exp().cumsum(0).roll(1)
         before[0] = 0.0
         kept = int((before < top_p).sum())  # a token stays while those before it hold less than top_p
