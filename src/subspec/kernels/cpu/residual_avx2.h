@@ -141,7 +141,7 @@ LOWBIT_INLINE void tile_codes(const uint8_t* tile, uint8_t codes[kRows][kGroup])
 constexpr int kSixteens[4] = {0, 2, 1, 3}; // where a pack of two vectors leaves the masks of each 16 weights
 
 // A row on its way from fields to weights.  Every step stores what the next one loads in other sizes, which takes long
-// when it follows at once: so a step is done for all rows of a tile before the next.
+// when it follows at once: so other rows' steps come between.
 struct RowFields {
   alignas(64) uint8_t main_masks[kGroup], main[kGroup], low[kGroup]; // a byte a weight
   alignas(32) uint8_t extra_masks[kGroup / 2], extra[kGroup / 2];    // a nibble a weight; masks in the order of kSixteens

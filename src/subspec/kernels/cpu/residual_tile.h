@@ -7,7 +7,8 @@
 #include "residual_avx2.h"
 #include "residual_avx512.h"
 
-// A tile's rows take each step of their rebuilding together, instead of one row all of them.
+// A tile's rows take the steps of their rebuilding one step apart, instead of one row all of them: while one's bits are
+// spread, by integer units, vector units find the next one's masks and place the last one's fields.
 #if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
 #define LOWBIT_STEPWISE
 #endif
@@ -91,6 +92,12 @@ LOWBIT_INLINE int64_t decode_row(const uint8_t* payload, const uint8_t codes[kGr
 }
 #endif
 
+// Asks for what will be needed two tiles on: a row's part of the codes, and about there the fields.
+LOWBIT_INLINE void fetch_ahead(const uint8_t* tile, const uint8_t* fields, int64_t row) {
+  __builtin_prefetch(fields + kAheadBytes);
+  __builtin_prefetch(tile + 2 * kTileBytes + row * (kTileBytes / kRows));
+}
+
 // The first `rows` of a tile's `present` rows, `columns` weights each, to `out` (row stride in elements).  Its payload is
 // [from, to).
 template <int dtype, bool whole>
@@ -113,26 +120,29 @@ LOWBIT_INLINE void decode_tile(const uint8_t* tile, const uint8_t* from, const u
   find_lines<dtype>(ends, lines);
   for (int64_t r = 0; r < kRows; r += kTogether)
     find_bins<dtype, kTogether>(lines.scale + r, lines.mid + r, lines.floor + r, bins + r);
-  for (int64_t r = 0; r < present; r++) find_masks(codes[r], bins[r], columns, fields[r]);
-#endif
-  for (int64_t r = 0; r < present; r++) { // escapes lie behind the last
-    __builtin_prefetch(from + kAheadBytes); // two tiles on: codes, and about there the fields
-    __builtin_prefetch(tile + 2 * kTileBytes + r * (kTileBytes / kRows));
-#if defined(__AVX512VBMI2__)
-    uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
-    from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
-#elif defined(LOWBIT_STEPWISE)
-    from += spread_row<dtype>(from, columns, fields[r]);
+  for (int64_t r = -1; r <= present; r++) {
+    const int64_t next = r + 1, last = r - 1;
+    if (next < present) find_masks(codes[next], bins[next], columns, fields[next]);
+    if (r >= 0 && r < present) {
+      fetch_ahead(tile, from, r);
+      from += spread_row<dtype>(from, columns, fields[r]);
+    }
+    if (last >= 0 && last < rows) place_row<dtype>(codes[last], bins[last], fields[last], columns, out + last * stride);
+  }
 #else
+  for (int64_t r = 0; r < present; r++) {
+    fetch_ahead(tile, from, r);
     uint16_t unwanted[kGroup], *row = r < rows ? out + r * stride : unwanted;
+#if defined(__AVX512VBMI2__)
+    from += decode_wide_row<dtype, whole>(from, codes[r], find_wide_bins<dtype>(lines, r), columns, row);
+#else
     Bins bins;
     find_bins<dtype>(from_bfloat16(load<uint16_t>(ends + 2 * r)), from_bfloat16(load<uint16_t>(ends + 32 + 2 * r)), bins);
     from += decode_row<dtype>(from, codes[r], bins, columns, row);
 #endif
   }
-#if defined(LOWBIT_STEPWISE)
-  for (int64_t r = 0; r < rows; r++) place_row<dtype>(codes[r], bins[r], fields[r], columns, out + r * stride);
 #endif
+  // Escapes lie behind the last row.
   for (; from + 4 <= to; from += 4) {
     const int64_t at = load<uint16_t>(from), row = at / kGroup, column = at % kGroup;
     if (row < rows && column < columns) out[row * stride + column] = load<uint16_t>(from + 2);
