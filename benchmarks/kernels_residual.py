@@ -1,14 +1,16 @@
 """Measure the residual codec's kernels at every level this processor can run, and the products they feed.
 
-    python benchmarks/kernels_residual.py [--rounds 15] [--out FILE]
+    python benchmarks/kernels_residual.py [--rounds 15] [--beside LIBRARY] [--out FILE]
 
 ``decode``: 10⁹ weights rebuilt a second: on one thread by its processor time, a block of 64 rows at a time
 into the same place, as the product does it; on all threads by the clock, the whole matrix.  ``encode``: the
 other way.  ``linear``: seconds of an exact product of some rows with a matrix as plain weights and rebuilt
 from residuals, in turn.  Medians of the rounds; levels take turns.  It is larger than a core's caches.
+``--beside``: a library of another build, whose codec takes its turns too.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -59,9 +61,11 @@ def median_rate(times: list[float]) -> float:
     return N * K / statistics.median(times) / 1e9
 
 
-def codec(matrix: Matrix, rounds: int, threads: int) -> dict[str, dict[str, float]]:
-    """Rates of every level, in turn."""
+def codec(matrix: Matrix, rounds: int, threads: int, beside: Path | None) -> dict[str, dict[str, float]]:
+    """Rates of every level, and of a library beside them, in turn."""
     libraries = {level: native._load(level)[0] for level in build.levels()}
+    if beside is not None:
+        libraries[f"beside: {beside.name}"] = ctypes.CDLL(str(beside))
     levels = {level: ResidualKernels(library) for level, library in libraries.items() if library is not None}
     times: dict[str, dict[str, list[float]]] = {
         level: {name: [] for name in ("decode_one_thread", "decode_all_threads", "encode_all_threads")}
@@ -117,6 +121,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--beside", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     threads = torch.get_num_threads()
@@ -125,7 +130,7 @@ def main() -> int:
         matrix = Matrix(dtype)
         result[name] = {
             "bits_a_weight": matrix.bits,
-            "rate_1e9_weights_per_s": codec(matrix, options.rounds, threads),
+            "rate_1e9_weights_per_s": codec(matrix, options.rounds, threads, options.beside),
             "linear": products(matrix, options.rounds),
         }
     text = json.dumps(result, indent=1)

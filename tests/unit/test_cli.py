@@ -278,8 +278,9 @@ def test_doctor_reports_as_text_and_json(tmp_path: Path, monkeypatch: pytest.Mon
     assert findings["versions"]["torch"]
     assert findings["kernels"]["level"]
     assert set(findings["exact_product"]) == {"bfloat16", "float16", "float32"}
-    assert findings["disk"]["read_bytes_per_s"] > 0
-    assert len(findings["disk"]["measurements"]) == 9
+    lasting = [one for one in findings["disk"]["measurements"] if one["lasting"]]
+    assert findings["disk"]["read_bytes_per_s"] == lasting[0]["bytes_per_s"] > 0
+    assert (len(lasting), len(findings["disk"]["measurements"])) == (1, 10)  # longer, of the best of nine
     assert list(tmp_path.iterdir()) == []
     text = run("doctor", "--store", str(tmp_path)).stdout
     assert "GB/s" in text
