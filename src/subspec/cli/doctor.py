@@ -202,7 +202,7 @@ def _disk(store: Path, progress: TerminalProgress) -> dict[str, Any]:
 def _measure(store: Path, place: Path, progress: TerminalProgress) -> list[dict[str, Any]]:
     """Read speeds of a prepared model's files or, where there is none, of a file made for it and removed.
 
-    The last of them is the lasting speed of the best candidate: of nine short reads the fastest is the luckiest.
+    The last is the lasting speed of the best candidate: of nine short reads the fastest is the luckiest.
     """
     from subspec.bench.link import CANDIDATES, LinkMeter
 
