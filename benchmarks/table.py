@@ -5,6 +5,7 @@ python benchmarks/table.py --print   # prints it
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ HEADER = (
 )
 NOTE = """
 Each row is one `subspec bench` run of {prompts} prompts, the modes in turn on each, in a process whose
-memory, page cache included, is capped at the budget plus 700 MiB. *Offloading* (the mode `raw`) is plain
-decoding that streams the weights as they are: the same engine at the same budget, with the same prefetch
-and a one-node tree. *Streams* says what the modes plain and speculative stream; where that is raw weights
-too (`--stream raw`), plain decoding is the offloading, hence the dashes. Speed-ups and sweep ratios are
-medians of the per-prompt ratios. *Acceptance length*: the tokens that a sweep commits. *Link*: the way that
-weights stream over, here from the disk; its use is what offloading streamed, of what the disk could have
-delivered meanwhile. *Identical*: all modes gave the same tokens. Command, commit, versions and every raw
-time are in [benchmarks/results](benchmarks/results); `python benchmarks/table.py` writes this table.
+memory, page cache included, is capped at the budget plus 700 MiB; of several runs of a kind, the last.
+*Offloading* (the mode `raw`) is plain decoding that streams the weights as they are: the same engine at
+the same budget, with the same prefetch and a one-node tree. *Streams* says what the modes plain and
+speculative stream; where that is raw weights too (`--stream raw`), plain decoding is the offloading,
+hence the dashes. Speed-ups and sweep ratios are medians of the per-prompt ratios. *Acceptance length*:
+the tokens that a sweep commits. *Link*: the way that weights stream over, here from the disk; its use is
+what offloading streamed, of what the disk could have delivered meanwhile. *Identical*: all modes gave the
+same tokens. Command, commit, versions and every raw time are in [benchmarks/results](benchmarks/results);
+`python benchmarks/table.py` writes this table.
 """
 
 
@@ -68,9 +70,27 @@ def row(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
+def kind(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs must share to be runs of the same thing."""
+    model, machine = result["model"], result["machine"]
+    limits = tuple(one["read_bytes_per_s"] for one in machine["disk_throttle"])
+    how = (machine["kernels"], limits, result["settings"]["temperature"] or 0)
+    return (model["name"], model["codec"], result["budget_bytes"], *how)
+
+
+def last_runs(paths: list[Path]) -> list[dict[str, Any]]:
+    """Of each kind the result whose file's name ends in the highest ``-runN``, in name order."""
+    runs = {path: int(found[1]) if (found := re.search(r"-run(\d+)$", path.stem)) else 1 for path in paths}
+    last: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(paths, key=lambda path: (runs[path], path)):
+        result = json.loads(path.read_text())
+        last[kind(result)] = path, result
+    return [result for _, result in sorted(last.values(), key=lambda pair: pair[0])]
+
+
 def table() -> str:
     """The whole section, ends with a newline; empty without results."""
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("bench-*.json"))]
+    results = last_runs(list((HERE / "results").glob("bench-*.json")))
     if not results:
         return ""
     prompts = sorted({len({run["prompt_id"] for run in result["runs"]}) for result in results})
