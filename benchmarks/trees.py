@@ -5,7 +5,9 @@
 Twelve fixed trees run on a few prompts; the one with the best median of tokens/s then runs, interleaved with
 the adaptive one and several times, on more of them.  All share one engine, its kernels and its plan.  A
 prompt's keys and values are kept between its runs, so that only decoding is repeated.  Greedy unless
-``--temperature`` is given; ``--best-of FILE`` takes the fixed tree that an earlier result found.
+``--temperature`` is given; ``--best-of FILE`` takes the fixed tree that an earlier result found.  With
+``--ignore-eos`` texts go on after their end, so that all have ``--max-new-tokens`` tokens; without it a short
+text weighs a tree by whether its depth happens to be the text's length.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,7 @@ class Bench:
     def run(self, prompt: Prompt, tree: TreeShape | str, max_new_tokens: int | None = None) -> Run:
         """One run: a fixed tree, ``adaptive`` or ``plain``; its tokens must be those of the runs before."""
         limit = max_new_tokens or (self._plain_tokens if tree == "plain" else self._params.max_new_tokens)
-        params = SamplingParams(limit, temperature=self._params.temperature, seed=self._params.seed)
+        params = replace(self._params, max_new_tokens=limit)
         self._llm.tree = tree if isinstance(tree, TreeShape) else self._adaptive
         mode = "plain" if tree == "plain" else "speculative"
         result = self._llm.generate([{"role": "user", "content": prompt.text}], params, mode=mode)
@@ -153,10 +156,13 @@ def main() -> None:
     parser.add_argument("--plain-max-new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float)
+    parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--stream")
     parser.add_argument("--best-of", type=Path)
     options = parser.parse_args()
-    params = SamplingParams(options.max_new_tokens, temperature=options.temperature, seed=0)
+    params = SamplingParams(
+        options.max_new_tokens, temperature=options.temperature, seed=0, ignore_eos=options.ignore_eos
+    )
     prompts = load_prompts(options.prompts, options.limit)
     with LLM(options.model, options.memory, stream=options.stream) as llm:
         bench, meter = Bench(llm, params, options.plain_max_new_tokens), LinkMeter(llm.store_path)

@@ -1,5 +1,7 @@
 """Which units stay: within the budget, as many as fit, and as plain weights where that shortens a sweep."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,12 +37,22 @@ costs = st.builds(
 )
 
 
+def check_spread(found: Residents, units: Images, room: int) -> None:
+    """Chunks stay in proportion to layers, but for plain weights, and where chunks alone find room."""
+    count, every = len(found.layers) + found.chunks, len(units.layers) + len(units.chunks)
+    off = found.chunks * every - count * len(units.chunks)
+    if off <= -every:
+        assert found.layers == found.plain_layers
+    if found.chunks < len(units.chunks):
+        assert units.chunks[found.chunks] > room or count + 1 == every
+
+
 def check(found: Residents, units: Images, spare: int, slots: int) -> None:
     streamed = found.streamed_bytes(units)
     assert found.held_bytes(units) + (slots if streamed else 0) <= spare
     assert set(found.plain_layers) <= set(found.layers) <= set(range(len(units.layers)))
     assert 0 <= found.plain_chunks <= found.chunks <= len(units.chunks)
-    assert found.chunks == 0 or len(found.layers) == len(units.layers)
+    check_spread(found, units, spare - slots - found.held_bytes(units))
     kept = {*found.layers}
     expected = sum(size for index, size in enumerate(units.layers) if index not in kept)
     assert streamed == expected + sum(units.chunks[found.chunks :])
@@ -93,10 +105,27 @@ def test_what_counts_decides(spare: int, own: SweepCosts, resident: int, plain: 
     assert len(found.plain_layers) + found.plain_chunks == plain
 
 
-def test_residents_are_spread_over_the_model() -> None:
-    found = choose_residents(UNITS, 300, 100, SweepCosts(1.0, 0.0, 0.0))
+@pytest.mark.parametrize(
+    ("count", "layers", "chunks"),
+    [(1, (0,), 0), (4, (0, 2, 4, 6), 0), (5, (0, 2, 4, 6), 1), (7, (0, 1, 2, 4, 5, 6), 1)],
+)
+def test_residents_are_spread_over_the_sweep(count: int, layers: tuple[int, ...], chunks: int) -> None:
+    found = choose_residents(UNITS, 100 + 50 * count, 100, SweepCosts(1.0, 0.0, 0.0))
     assert found is not None
-    assert found.layers == (0, 2, 4, 6)
+    assert (found.layers, found.chunks) == (layers, chunks)
+
+
+@given(layers=st.integers(1, 80), chunks=st.integers(1, 12), resident=st.integers(1, 91))
+def test_streamed_units_follow_one_another_as_seldom_as_can_be(
+    layers: int, chunks: int, resident: int
+) -> None:
+    units = Images((1,) * layers, (1,) * chunks, 1, (1,) * chunks)
+    found = choose_residents(units, 2 + resident, 2, SweepCosts())
+    assert found is not None
+    kept, streamed = len(found.layers), layers + chunks - len(found.layers) - found.chunks
+    runs = "".join("r" if index in found.layers else "s" for index in range(layers)).split("r")
+    assert max(map(len, runs)) <= (math.ceil(layers / kept) - 1 if kept else layers)
+    assert chunks - found.chunks <= math.ceil(streamed * chunks / (layers + chunks))
 
 
 def test_a_budget_below_the_slots_holds_nothing() -> None:

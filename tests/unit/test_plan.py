@@ -170,16 +170,17 @@ def test_what_is_held_without_streaming_is_budget_enough_for_it() -> None:
     assert plan(BIG, plan(BIG).held_bytes).streamed_bytes == 0
 
 
-def test_resident_layers_are_spread_over_the_model() -> None:
+def test_what_is_resident_is_spread_over_the_sweep_and_leaves_no_room() -> None:
     tree = {"depth": 4, "width": 2, "nodes": 5}
     least = minimum_mib(BIG, **tree) * MIB
-    layer = page_aligned(layer_bytes(BIG, 2)[0])
+    layer, chunks = page_aligned(layer_bytes(BIG, 2)[0]), chunk_bytes(BIG, 2)
     for count in (1, 2, 7, 14, 20, 27):
         made = plan(BIG, least + count * layer, **tree)
         gaps = [b - a for a, b in zip(made.resident_layers, made.resident_layers[1:], strict=False)]
-        assert len(made.resident_layers) == count
         assert not gaps or max(gaps) - min(gaps) <= 1
-        assert made.resident_chunks == 0
+        assert made.budget_bytes - made.held_bytes < min(layer, *chunks)
+        share = len(made.resident_layers) / BIG.layers
+        assert abs(share - made.resident_chunks / len(chunks)) < 2 / len(chunks)
 
 
 @relaxed

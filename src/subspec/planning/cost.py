@@ -5,7 +5,7 @@ the fast tier; behind a device, units that do not may *rest* in RAM, and only th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def choose_residents(
 ) -> Residents | None:
     """The residents that fit and make the shortest sweep; None if not even the slots fit.
 
-    Layers come before chunks, spread evenly over the model.  More units as plain weights mean less to rebuild
+    Spread evenly over a sweep, so that what is streamed comes while what stays is computed: layers among
+    themselves, and the first of the chunks in proportion.  More units as plain weights mean less to rebuild
     and, once memory is short, more to stream: their number grows while that makes the sweep shorter.  Where
     units are streamed as plain weights there is nothing else that they could stay as.
 
@@ -183,26 +184,33 @@ def choose_residents(
 
 def _with_plain(images: Images, spare_bytes: int, slots_bytes: int, plain: int) -> Residents | None:
     """``plain`` units as plain weights and as many more as fit; None if not even those fit."""
-    layers, units = len(images.layers), len(images.layers) + len(images.chunks)
+    layers, chunks = len(images.layers), len(images.chunks)
+    units = layers + chunks
     plain_layers = _spread(min(plain, layers), layers)
+    plain_chunks = plain - len(plain_layers)
 
     def with_resident(count: int) -> Residents:
-        held = _spread_over(plain_layers, min(count, layers), layers)
-        return Residents(held, max(count - layers, 0), plain_layers, plain - len(plain_layers))
+        among_chunks = count * chunks // units  # their share, within what the plain ones and the layers leave
+        among_chunks = min(max(among_chunks, plain_chunks, count - layers), count - len(plain_layers))
+        held = _spread_over(plain_layers, count - among_chunks, layers)
+        return Residents(held, among_chunks, plain_layers, plain_chunks)
 
-    def fits(count: int) -> bool:
-        slots = slots_bytes if count < units else 0
-        return with_resident(count).held_bytes(images) + slots <= spare_bytes
+    def fits(residents: Residents) -> bool:
+        slots = slots_bytes if len(residents.layers) + residents.chunks < units else 0
+        return residents.held_bytes(images) + slots <= spare_bytes
 
-    if fits(units):
+    if fits(with_resident(units)):
         return with_resident(units)
-    if plain == units or not fits(plain):
+    if plain == units or not fits(with_resident(plain)):
         return None
     most, beyond = plain, units
     while beyond - most > 1:
         middle = (most + beyond) // 2
-        most, beyond = (middle, beyond) if fits(middle) else (most, middle)
-    return with_resident(most)
+        most, beyond = (middle, beyond) if fits(with_resident(middle)) else (most, middle)
+    best = with_resident(most)
+    while best.chunks < chunks and fits(further := replace(best, chunks=best.chunks + 1)):
+        best = further  # chunks may be smaller than the layer that would be next
+    return best
 
 
 def _spread(count: int, layers: int) -> tuple[int, ...]:

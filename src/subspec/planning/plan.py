@@ -1,9 +1,9 @@
 """Choose what a memory budget is spent on, and explain it.
 
 The minimum is what every run needs: substitutes, norms and biases, KV cache, workspace, and the slots.
-What is left keeps layers resident, spread evenly over the model, then chunks of the output head.  Where a
-store keeps residuals, a resident unit may stay as it is streamed, and be rebuilt every sweep, or as plain
-weights, twice as large: ``planning.cost`` tells which makes the shorter sweep.
+What is left keeps layers and chunks of the output head resident, spread evenly over a sweep.  Where a store
+keeps residuals, a resident unit may stay as it is streamed, and be rebuilt every sweep, or as plain weights,
+twice as large: ``planning.cost`` tells which makes the shorter sweep.
 
 With a device there are three tiers, VRAM, RAM and disk, and two budgets: what does not stay in VRAM is
 streamed, and as much of that as a second budget holds rests in RAM; the rest is read from disk every sweep.
